@@ -21,9 +21,15 @@ constexpr float kMinGroupScale = 1e-30f;  // of a group of integers, and the sma
 // NVFP4: the scale of a token with amax 1. The largest block scale, kE4m3Max, then stands for kE2m1Max.
 constexpr float kNvFp4TokenScale = 1.0f / 2688;
 
-// GELU in its tanh form: x / (1 + e^-u2), u2 = kGelu2SqrtTwoOverPi * (x + kGeluCubic * x^3).
-constexpr float kGeluCubic = 0.044715f;
-constexpr float kGelu2SqrtTwoOverPi = 1.59576912f;
+// GELU in its tanh form: x / (1 + 2^t), t = (kGeluCubic * x^2 + kGeluLinear) * x, which is -2 / ln(2) * sqrt(2 / pi) *
+// (x + 0.044715 * x^3). Smaller x are taken as kGeluLowest, smaller t as kGeluLeastExponent. 2^t = 2^n * p(t - n), n =
+// round(t); p is the polynomial of degree 5 whose largest relative error for |t - n| <= 1/2, 1e-7, is the least among
+// those with p(0) = 1.
+constexpr float kGeluLinear = -2.302208185195923f, kGeluCubic = -0.10294324159622192f;
+constexpr float kGeluLowest = -10, kGeluLeastExponent = -126;
+constexpr float kPower1 = 0.6931470036506653f, kPower2 = 0.24022242426872253f;
+constexpr float kPower3 = 0.05550733581185341f, kPower4 = 0.009671512991189957f;
+constexpr float kPower5 = 0.001326472731307149f;
 
 // e^t = 2^n * p(r), n = round(t * kLog2E), r = (t - n * kLn2High) - n * kLn2Low. kLn2High is short, so that
 // its product is exact. p is the Taylor polynomial of degree 6; kExp1Over<i> is the coefficient 1/i.

@@ -68,7 +68,7 @@ inline void score_tile(const Block& b, const Head& head, int64_t first, int keys
         V score = __builtin_convertvector(sum[r][v], V) * scale * factor[v];
         if (masked) score = score + load(b.bias + (k + r) * kQueryBlock + v * kLanes);
         if (k + r >= keys) score = splat(-__builtin_inff());
-        top[v] = score > top[v] ? score : top[v];
+        top[v] = Isa::at_least(top[v], score);
         store(to + v * kLanes, score);
       }
     }
@@ -77,7 +77,7 @@ inline void score_tile(const Block& b, const Head& head, int64_t first, int keys
 
 // round(255 * 2^x) as a float of its own spacing of one: the low bits are the number.
 inline U probability(V x) {
-  x = x < splat(kLeastExponent) ? splat(kLeastExponent) : x;
+  x = Isa::at_least(x, splat(kLeastExponent));
   const V shifted = x + splat(kRoundToInt);
   const V r = x - (shifted - splat(kRoundToInt));
   const V p = ((splat(kProbability3) * r + splat(kProbability2)) * r + splat(kProbability1)) * r +

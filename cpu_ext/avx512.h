@@ -59,6 +59,10 @@ struct Avx512Vectors {
     return (U)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
   }
 
+  static U load_halves(const void* p) {
+    return (U)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  }
+
   static I load_signed_bytes(const uint8_t* p) {
     return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
   }
@@ -76,6 +80,10 @@ struct Avx512Vectors {
   }
 
   static V fma(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
+  // the instructions return the second operand if one is NaN
+  static V at_least(V v, V limit) { return (V)_mm512_max_ps((__m512)limit, (__m512)v); }
+  static V at_most(V v, V limit) { return (V)_mm512_min_ps((__m512)limit, (__m512)v); }
 
   // -------------------------------------------------------------------------- weights
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include "ahead.h"
 #include "kernels.h"
 
 namespace dtq {
@@ -17,11 +18,11 @@ struct ByBlocks : Base {
   static constexpr int64_t kMaxSteps = 8;
 
   static void multiply_group(const Weight* weights, const Activation* x, int64_t steps, int64_t next,
-                             int count, bool more, int32_t* sums) {
+                             int count, bool more, int32_t* sums, Ahead& ahead) {
     for (int c = 0; c < count; c++)
       for (int n = 0; n < kPanelRows; n += Base::kBlockRows)
         Base::multiply_block(weights + n * kStep, x + c * next, steps, more,
-                             sums + (n * kGroupBlocks + c) * kBlockTokens);
+                             sums + (n * kGroupBlocks + c) * kBlockTokens, ahead);
   }
 
   static bool splits(const Linear&) { return false; }

@@ -7,8 +7,6 @@
 namespace dtq {
 namespace {
 
-typedef uint16_t H __attribute__((vector_size(kLanes * 2)));
-
 inline V splat(float x) { return x - (V){}; }
 
 inline V load(const float* p) {
@@ -52,14 +50,12 @@ inline U to_half(V f) {
 inline U to_bfloat16(V f) {
   U w = (U)f, nan = (U){} + 0x7fc0;
   U rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-  return (w & 0x7fffffff) > 0x7f800000 ? nan : rounded;
+  return f == f ? rounded : nan;
 }
 
 inline V load_as_float(const void* p, Float type) {
   if (type == kFloat32) return load((const float*)p);
-  H h;
-  memcpy(&h, p, sizeof h);
-  U u = __builtin_convertvector(h, U);
+  const U u = Isa::load_halves(p);
   return type == kBFloat16 ? (V)(u << 16) : from_half(u);
 }
 

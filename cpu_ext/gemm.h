@@ -2,6 +2,7 @@
 // int8 GEMM: packing of activations, products of token blocks and panels of weights, epilogue. Needs
 // `struct Isa`, see isa.h.
 #pragma once
+#include "ahead.h"
 #include "gelu.h"
 #include "weights.h"
 
@@ -117,59 +118,68 @@ inline void add_section(const Linear& g, int64_t n, int64_t rows, int64_t block,
   }
 }
 
-// Up to 16 output channels x one token block: float(sum) * row_scale * weight_scale + bias in this order, or
+// A panel of output channels x one token block: float(sum) * row_scale * weight_scale + bias in this order, or
 // total * row_scale + bias if there are sections; GELU, then gate and residual; one rounding to the output
 // type. Everything of `g` is read once, so that a `whole` block has no branch on what is the same for a launch.
-// Channels go to lanes first.
+// Channels go to lanes first. A line of outputs is written at once.
 template <Float type, bool whole>
 void store_block(const Linear& g, int64_t n, int64_t token, const int32_t* sums, const float* totals) {
-  constexpr int kVectors = 16 / kLanes;
+  constexpr int kVectors = kPanelRows / kLanes, kHalf = 16 * kGroupBlocks * kBlockTokens;
   typedef typename Storage<type == kFloat32>::T T;
   const bool sections = g.section_scale, gelu = g.gelu;
-  const int rows = whole || g.rows - n > 16 ? 16 : (int)(g.rows - n);
+  const int rows = whole || g.rows - n > kPanelRows ? kPanelRows : (int)(g.rows - n);
   const int tokens = whole || g.tokens - token > kBlockTokens ? kBlockTokens : (int)(g.tokens - token);
   const int vectors = whole ? kVectors : (rows + kLanes - 1) / kLanes;
   const auto channels = [&](const void* from, int64_t at, int i, Float kind) {
     return load_part(from, at + i * kLanes, whole ? kLanes : rows - i * kLanes, kind);
   };
-  alignas(64) int32_t by_token[kBlockTokens][16];
-  Isa::transpose16(sections ? (const int32_t*)totals : sums, kGroupBlocks * kBlockTokens, by_token[0]);
-  V weight_scale[kVectors], bias[kVectors], gate[kVectors];
-  for (int i = 0; i < vectors; i++) {
-    if (!sections) weight_scale[i] = channels(g.weight_scale, n, i, kFloat32);
-    bias[i] = g.bias ? channels(g.bias, n, i, kFloat32) : splat(-0.0f);  // y + -0 is y, also for y = -0
-  }
+  // [16 channels][token][channel]: sums, or totals as floats; then the values
+  alignas(64) int32_t by_token[kPanelRows / 16][kBlockTokens][16];
+  const int32_t* from = sections ? (const int32_t*)totals : sums;
+  for (int i = 0; i < kPanelRows / 16; i++)
+    Isa::transpose16(from + i * kHalf, kGroupBlocks * kBlockTokens, by_token[i][0]);
+  const auto values = [&](int t, int i) { return (float*)by_token[i * kLanes / 16][t] + i * kLanes % 16; };
+
   const float* row_scale = g.row_scale + token;
   const int32_t* x_sums = g.section_sums + token;
-  const int64_t stride = g.rows, per_gate = g.tokens_per_gate;
+  for (int i = 0; i < vectors; i++) {
+    const V weight_scale = sections ? (V){} : channels(g.weight_scale, n, i, kFloat32);
+    const V bias = g.bias ? channels(g.bias, n, i, kFloat32) : splat(-0.0f);  // y + -0 is y, also for y = -0
+    if (sections) {
+      for (int t = 0; t < tokens; t++) store(values(t, i), load(values(t, i)) * splat(row_scale[t]) + bias);
+    } else {
+      for (int t = 0; t < tokens; t++) {
+        const I sum = (I)load(values(t, i)) - ((I){} + x_sums[t]) * kWeightOffset;
+        const V scaled = __builtin_convertvector(sum, V) * splat(row_scale[t]);
+        store(values(t, i), scaled * weight_scale + bias);
+      }
+    }
+  }
+  if (gelu)
+    for (int i = 0; i < kPanelRows * kBlockTokens; i += kGeluAtOnce * kLanes)
+      gelu_in_place((float*)by_token + i);
+
+  V gate[kVectors];
+  const int64_t stride = g.rows;
   const void *gates = g.gate, *residual = g.residual;
   const Float gate_type = g.gate_type;
-  int64_t at = token * stride + n, gate_of = -1;
-  for (int t = 0; t < tokens; t++, at += stride) {
-    const V scale = splat(row_scale[t]);
-    if (residual && (token + t) / per_gate != gate_of) {
-      gate_of = (token + t) / per_gate;
-      for (int i = 0; i < vectors; i++) gate[i] = channels(gates, gate_of * stride + n, i, gate_type);
+  int64_t image = residual ? token / g.tokens_per_gate : 0, begins = residual ? 0 : kBlockTokens;
+  T* out = (T*)g.out + token * stride + n;
+  for (int t = 0; t < tokens; t++, out += stride) {
+    if (t == begins) {
+      for (int i = 0; i < vectors; i++) gate[i] = channels(gates, image * stride + n, i, gate_type);
+      begins = ++image * g.tokens_per_gate - token;
     }
+#pragma GCC unroll 8
     for (int i = 0; i < vectors; i++) {
-      V y;
-      if (sections) {
-        y = load((const float*)by_token[t] + i * kLanes) * scale;
-      } else {
-        I sum;
-        memcpy(&sum, by_token[t] + i * kLanes, sizeof sum);
-        y = __builtin_convertvector(sum - x_sums[t] * kWeightOffset, V) * scale * weight_scale[i];
-      }
-      y = y + bias[i];
-      if (gelu) y = gelu_of(y);
-      if (residual) y = gate[i] * y + channels(residual, at, i, gate_type);
-      T* out = (T*)g.out + at + i * kLanes;
+      V y = load(values(t, i));
+      if (residual) y = gate[i] * y + channels(residual, (token + t) * stride + n, i, gate_type);
       if (whole || rows - i * kLanes >= kLanes) {
-        store_vector<type>(out, y);
+        store_vector<type>(out + i * kLanes, y);
       } else {
         T end[kLanes];
         store_vector<type>(end, y);
-        memcpy(out, end, (rows - i * kLanes) * sizeof(T));
+        memcpy(out + i * kLanes, end, (rows - i * kLanes) * sizeof(T));
       }
     }
   }
@@ -178,14 +188,12 @@ void store_block(const Linear& g, int64_t n, int64_t token, const int32_t* sums,
 template <Float type>
 void store_group_as(const Linear& g, int64_t n, int64_t rows, int64_t block, int count, const int32_t* sums,
                     const float* totals) {
-  for (int c = 0; c < count; c++)
-    for (int i = 0; i < rows; i += 16) {
-      const int64_t token = (block + c) * kBlockTokens;
-      const int first = (i * kGroupBlocks + c) * kBlockTokens;
-      const bool whole = rows - i >= 16 && g.tokens - token >= kBlockTokens;
-      (whole ? store_block<type, true> : store_block<type, false>)(g, n + i, token, sums + first,
-                                                                   totals + first);
-    }
+  for (int c = 0; c < count; c++) {
+    const int64_t token = (block + c) * kBlockTokens;
+    const int first = c * kBlockTokens;
+    const bool whole = rows == kPanelRows && g.tokens - token >= kBlockTokens;
+    (whole ? store_block<type, true> : store_block<type, false>)(g, n, token, sums + first, totals + first);
+  }
 }
 
 inline void store_group(const Linear& g, int64_t n, int64_t rows, int64_t block, int count,
@@ -205,6 +213,28 @@ inline int64_t unpack_panel(const Linear& g, int64_t p, Weight* weights) {
   return rows;
 }
 
+// While panel p is multiplied, the weights of the next one are fetched, if it is not the `last`.
+inline Ahead ahead_of_panel(const Linear& g, int64_t p, bool last) {
+  const int64_t n = (p + !last) * kPanelRows, rows = g.rows - n < kPanelRows ? g.rows - n : kPanelRows;
+  const char *at = (const char*)weights_at(g, n, 0), *end = at + (g.columns * rows * g.bits >> 3);
+  Ahead ahead = {};
+  ahead.weights = {at, last ? at : end - 64, 64};
+  return ahead;
+}
+
+// And the lines of the outputs and of the residual that `count` token blocks x the panel at n will need.
+inline void set_outputs(Ahead& ahead, const Linear& g, int64_t n, int64_t block, int64_t count) {
+  const int64_t first = block * kBlockTokens, end = first + count * kBlockTokens;
+  const int64_t last = (end < g.tokens ? end : g.tokens) - 1;
+  const auto lines = [&](const void* tensor, Float type) {
+    const int64_t size = type == kFloat32 ? 4 : 2;
+    const char* at = (const char*)tensor + n * size;
+    return Lines{at + first * g.rows * size, at + last * g.rows * size, g.rows * size};
+  };
+  ahead.out = lines(g.out, g.type);
+  ahead.residual = g.residual ? lines(g.residual, g.gate_type) : ahead.out;
+}
+
 void multiply(const Linear& g, int64_t block, int64_t block_end, int64_t panel, int64_t panel_end,
               void* scratch) {
   alignas(64) int32_t sums[kPanelRows * kGroupBlocks * kBlockTokens];
@@ -213,17 +243,19 @@ void multiply(const Linear& g, int64_t block, int64_t block_end, int64_t panel, 
   const int64_t steps = g.steps / g.sections, next = g.steps * kBlockStep;
   for (int64_t p = panel; p < panel_end; p++) {
     const int64_t n = p * kPanelRows, rows = unpack_panel(g, p, weights);
+    Ahead ahead = ahead_of_panel(g, p, p + 1 == panel_end);
     int64_t at = block, groups = (block_end - block + Isa::kMaxBlocks - 1) / Isa::kMaxBlocks;
     for (; groups; groups--) {
       // groups of about equal size: a single block makes poor use of the registers
       const int count = (int)((block_end - at + groups - 1) / groups);
       const Activation* x = (const Activation*)g.packed + at * next;
+      set_outputs(ahead, g, n, at, count);
       for (int64_t section = 0; section < g.sections; section++) {
         const int64_t end = (section + 1) * steps;
         for (int64_t step = section * steps, some; step < end; step += some) {
           some = end - step < Isa::kMaxSteps ? end - step : Isa::kMaxSteps;
           Isa::multiply_group(weights + step * kPanelRows * kStep, x + step * kBlockStep, some, next,
-                              count, step > section * steps, sums);
+                              count, step > section * steps, sums, ahead);
         }
         if (g.section_scale) add_section(g, n, rows, at, count, section, sums, totals);
       }

@@ -4,6 +4,7 @@
 // Only torch's stable ABI is used, so one library serves every torch from 2.10.
 #pragma once
 #include <stdlib.h>
+#include <string.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,6 +15,7 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -86,6 +88,29 @@ template <class T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
+
+// Tensors as contiguous float32; owns the copies that this takes.
+class Floats {
+ public:
+  const float* of(const Tensor& t) {
+    if (t.scalar_type() != ScalarType::BFloat16 || !t.is_contiguous()) {
+      tensors_.push_back(to_contiguous(to_dtype(t, ScalarType::Float)));
+      return data<float>(tensors_.back());
+    }
+    // the vectors that layers have, as a bias: an op of torch takes longer than the loop
+    std::vector<float>& copy = copies_.emplace_back(t.numel());
+    const uint16_t* from = static_cast<const uint16_t*>(t.const_data_ptr());
+    for (size_t i = 0; i < copy.size(); i++) {
+      const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+      memcpy(&copy[i], &bits, sizeof bits);
+    }
+    return copy.data();
+  }
+
+ private:
+  std::vector<Tensor> tensors_;
+  std::vector<std::vector<float>> copies_;
+};
 
 inline int64_t bytes_of(const Tensor& t) {
   return t.numel() * static_cast<int64_t>(t.element_size());

@@ -9,8 +9,10 @@
 //   swap_lanes<h>(v)         lanes i and i ^ h exchanged, h = 1, 2, 4, ... below kLanes
 //   store_low_bytes(v, out), store_low_halves(v, out)   the low 8 or 16 bits of each lane
 //   load_bytes(p), load_signed_bytes(p)   kLanes bytes, each extended to 32 bits
+//   load_halves(p)           kLanes 16-bit values, likewise
 //   load_part(p, count)      `count` floats, or 16-bit values extended to 32 bits; the other lanes are zero
 //   lookup(table, codes)     table[code & 15] of 16 floats
+//   at_least(v, limit), at_most(v, limit)   the larger, the smaller of both; v if v is NaN
 //   fma(a, b, c)             a * b + c, rounded once if the machine can
 //   transpose16(in, stride, out)   16 x 16 block of 32-bit values; stride of `in` in values, `out` is dense
 //
@@ -21,9 +23,10 @@
 //   unpack_step(g, n, s, out)   step s of output channel n as kStep weights: see StepWeights in weights.h
 //   kMaxBlocks               token blocks that multiply_group takes, at most kGroupBlocks
 //   kMaxSteps                steps that multiply_group takes
-//   multiply_group(weights, x, steps, next, count, more, sums)
+//   multiply_group(weights, x, steps, next, count, more, sums, ahead)
 //                            `steps` steps of a panel x `count` token blocks, which lie `next` activations
-//                            apart; adds to the sums if `more`, else overwrites them
+//                            apart; adds to the sums if `more`, else overwrites them; calls ahead.fetch()
+//                            for each step of a block of sums
 //   dot_small_m(g, n, s, end, sums)   steps [s, end) of output channel n x up to kSmallM tokens
 //   splits(g)                whether dot_small_m wants the activations of two steps deinterleaved, even
 //                            channels first

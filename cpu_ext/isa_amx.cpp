@@ -5,6 +5,7 @@
 // packed once for all panels, are the right one. Loading tiles is slower than multiplying them, so two
 // weight tiles are multiplied by two activation tiles; weights come from the first-level cache, activations
 // bypass it.
+#include "ahead.h"
 #include "avx512.h"
 
 namespace dtq {
@@ -38,7 +39,7 @@ struct Isa : Avx512 {
   // 32 output channels x one or two token blocks; tiles 0-3 sums, 4 and 5 weights, 6 and 7 activations.
   template <int count>
   static void multiply_tiles(const Weight* weights, const Activation* x_q, int64_t steps, int64_t next,
-                             bool more, int32_t* sums) {
+                             bool more, int32_t* sums, Ahead& ahead) {
     if (more) {
       _tile_loadd(0, sums, kLine);
       _tile_loadd(1, sums + kHalf, kLine);
@@ -55,6 +56,7 @@ struct Isa : Avx512 {
     for (int64_t s = 0; s < steps; s++) {
       const Weight* w = weights + s * kPanelRows * kStep;
       const Activation* x = x_q + s * kStep * kBlockTokens;
+      ahead.fetch();
       // activations come from L2 and are used once per panel: a streaming load keeps the weights in L1
       _tile_stream_loadd(6, x, 64);
       _tile_loadd(4, w, kStep);
@@ -76,10 +78,10 @@ struct Isa : Avx512 {
   }
 
   static void multiply_group(const Weight* weights, const Activation* x, int64_t steps, int64_t next,
-                             int count, bool more, int32_t* sums) {
+                             int count, bool more, int32_t* sums, Ahead& ahead) {
     asm volatile("" ::: "memory");  // a tile load does not tell the compiler what it reads
-    if (count == 2) multiply_tiles<2>(weights, x, steps, next, more, sums);
-    else multiply_tiles<1>(weights, x, steps, next, more, sums);
+    if (count == 2) multiply_tiles<2>(weights, x, steps, next, more, sums, ahead);
+    else multiply_tiles<1>(weights, x, steps, next, more, sums, ahead);
     asm volatile("" ::: "memory");
   }
 
@@ -113,19 +115,22 @@ namespace {
 
 // A panel that does not fit into the first-level cache: each part of kMaxSteps is multiplied by all token
 // blocks before the next.
-void multiply_in_parts(const Linear& g, int64_t block, int64_t block_end, int64_t p, void* scratch) {
+void multiply_in_parts(const Linear& g, int64_t block, int64_t block_end, int64_t p, bool last,
+                       void* scratch) {
   constexpr int kMaxBlocks = Isa::kMaxBlocks;
   Weight* weights = (Weight*)scratch;
   int32_t* sums = (int32_t*)(weights + g.steps * kStep * kPanelRows);
   const int64_t n = p * kPanelRows, rows = unpack_panel(g, p, weights), next = g.steps * kBlockStep;
   const int64_t group_sums = kPanelRows * kGroupBlocks * kBlockTokens;
+  Ahead ahead = ahead_of_panel(g, p, last);
+  set_outputs(ahead, g, n, block, block_end - block);
   for (int64_t step = 0; step < g.steps; step += Isa::kMaxSteps) {
     const int64_t some = g.steps - step < Isa::kMaxSteps ? g.steps - step : Isa::kMaxSteps;
     for (int64_t at = block; at < block_end; at += kMaxBlocks) {
       const Activation* x = (const Activation*)g.packed + at * next;
       Isa::multiply_group(weights + step * kPanelRows * kStep, x + step * kBlockStep, some, next,
                           block_end - at < kMaxBlocks ? 1 : kMaxBlocks, step > 0,
-                          sums + (at - block) / kMaxBlocks * group_sums);
+                          sums + (at - block) / kMaxBlocks * group_sums, ahead);
     }
   }
   for (int64_t at = block; at < block_end; at += kMaxBlocks)
@@ -139,7 +144,7 @@ void multiply_tiled(const Linear& g, int64_t block, int64_t block_end, int64_t p
   if (g.steps <= Isa::kMaxSteps || g.section_scale)
     multiply(g, block, block_end, panel, panel_end, scratch);
   else
-    for (int64_t p = panel; p < panel_end; p++) multiply_in_parts(g, block, block_end, p, scratch);
+    for (int64_t p = panel; p < panel_end; p++) multiply_in_parts(g, block, block_end, p, p + 1 == panel_end, scratch);
   _tile_release();
 }
 

@@ -65,6 +65,10 @@ struct Avx2Vectors {
     return (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
   }
 
+  static U load_halves(const void* p) {
+    return (U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  }
+
   static I load_signed_bytes(const uint8_t* p) {
     return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
   }
@@ -88,6 +92,10 @@ struct Avx2Vectors {
   }
 
   static V fma(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+
+  // the instructions return the second operand if one is NaN
+  static V at_least(V v, V limit) { return (V)_mm256_max_ps((__m256)limit, (__m256)v); }
+  static V at_most(V v, V limit) { return (V)_mm256_min_ps((__m256)limit, (__m256)v); }
 
   // -------------------------------------------------------------------------- weights
 
@@ -215,7 +223,7 @@ struct Avx2 : StepWeights<Avx2Vectors> {
 
   // kBlockRows output channels x 16 tokens: 8 sums, 2 of activations and 1 of weights, of 16 registers.
   static void multiply_block(const Weight* weights, const Activation* x_q, int64_t steps, bool more,
-                             int32_t* sums) {
+                             int32_t* sums, Ahead& ahead) {
     __m256i sum[kBlockRows][2];
     for (int r = 0; r < kBlockRows; r++)
       for (int i = 0; i < 2; i++)
@@ -224,6 +232,7 @@ struct Avx2 : StepWeights<Avx2Vectors> {
     for (int64_t s = 0; s < steps; s++) {
       const Weight* w = weights + s * kPanelRows * kStep;
       const Activation* x = x_q + s * kStep * kBlockTokens;
+      ahead.fetch();
       for (int q = 0; q < kStep; q += kDotWidth, x += kDotWidth * kBlockTokens) {
         const __m256i low = _mm256_load_si256((const __m256i*)x);
         const __m256i high = _mm256_load_si256((const __m256i*)x + 1);

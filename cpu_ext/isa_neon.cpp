@@ -116,7 +116,7 @@ struct Neon : StepWeights<NeonVectors> {
 
   // kBlockRows output channels x 16 tokens: 16 sums, 4 of activations and 4 of weights, of 32 registers.
   static void multiply_block(const Weight* weights, const Activation* x_q, int64_t steps, bool more,
-                             int32_t* sums) {
+                             int32_t* sums, Ahead& ahead) {
     int32x4_t sum[kBlockRows][4];
     for (int r = 0; r < kBlockRows; r++)
       for (int t = 0; t < 4; t++)
@@ -124,6 +124,7 @@ struct Neon : StepWeights<NeonVectors> {
     for (int64_t s = 0; s < steps; s++) {
       const Weight* w = weights + s * kPanelRows * kStep;
       const Activation* x = x_q + s * kStep * kBlockTokens;
+      ahead.fetch();
       for (int k = 0; k < kStep; k += 16, x += 16 * kBlockTokens) {
         int8x16_t weight[kBlockRows];
         for (int r = 0; r < kBlockRows; r++) weight[r] = vld1q_s8(w + r * kStep + k);

@@ -53,11 +53,12 @@ struct Portable : StepWeights<PortableVectors> {
   static constexpr int kBlockRows = 1;
 
   static void multiply_block(const Weight* weights, const Activation* x_q, int64_t steps, bool more,
-                             int32_t* sums) {
+                             int32_t* sums, Ahead& ahead) {
     int32_t sum[kBlockTokens] = {};
     for (int64_t s = 0; s < steps; s++) {
       const Weight* w = weights + s * kPanelRows * kStep;
       const Activation* x = x_q + s * kStep * kBlockTokens;
+      ahead.fetch();
       for (int q = 0; q < kStep; q += 2, x += 2 * kBlockTokens)
         for (int t = 0; t < kBlockTokens; t++) sum[t] += w[q] * x[2 * t] + w[q + 1] * x[2 * t + 1];
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // AVX512-VNNI: vpdpbusd adds four products of unsigned weights and signed activations to each of 16 sums.
+#include "ahead.h"
 #include "avx512.h"
 
 namespace dtq {
@@ -12,7 +13,7 @@ struct Isa : Avx512 {
   // `rows` output channels x `count` token blocks, sums in registers: 8 x 3 = 24 of the 32.
   template <int rows, int count>
   static void multiply_block(const Weight* weights, const Activation* x_q, int64_t steps, int64_t next,
-                             bool more, int32_t* sums) {
+                             bool more, int32_t* sums, Ahead& ahead) {
     __m512i sum[rows][count];
     for (int r = 0; r < rows; r++)
       for (int c = 0; c < count; c++)
@@ -21,6 +22,7 @@ struct Isa : Avx512 {
     for (int64_t s = 0; s < steps; s++) {
       const Weight* w = weights + s * kPanelRows * kStep;
       const Activation* x = x_q + s * kStep * kBlockTokens;
+      ahead.fetch();
       for (int q = 0; q < kStep / 4; q++, x += 64) {
         __m512i tokens[count];
         for (int c = 0; c < count; c++) tokens[c] = _mm512_load_si512(x + c * next);
@@ -39,17 +41,17 @@ struct Isa : Avx512 {
 
   template <int rows, int count>
   static void multiply_rows(const Weight* weights, const Activation* x, int64_t steps, int64_t next,
-                            bool more, int32_t* sums) {
+                            bool more, int32_t* sums, Ahead& ahead) {
     for (int n = 0; n < kPanelRows; n += rows)
       multiply_block<rows, count>(weights + n * kStep, x, steps, next, more,
-                                  sums + n * kGroupBlocks * kBlockTokens);
+                                  sums + n * kGroupBlocks * kBlockTokens, ahead);
   }
 
   static void multiply_group(const Weight* weights, const Activation* x, int64_t steps, int64_t next,
-                             int count, bool more, int32_t* sums) {
-    if (count == 3) multiply_rows<8, 3>(weights, x, steps, next, more, sums);
-    else if (count == 2) multiply_rows<8, 2>(weights, x, steps, next, more, sums);
-    else multiply_rows<16, 1>(weights, x, steps, next, more, sums);
+                             int count, bool more, int32_t* sums, Ahead& ahead) {
+    if (count == 3) multiply_rows<8, 3>(weights, x, steps, next, more, sums, ahead);
+    else if (count == 2) multiply_rows<8, 2>(weights, x, steps, next, more, sums, ahead);
+    else multiply_rows<16, 1>(weights, x, steps, next, more, sums, ahead);
   }
 
   static int64_t peak(int64_t rounds) {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors of four, in the vector extension of the compiler: for any machine.
 #pragma once
+#include <string.h>
+
 #include "kernels.h"
 
 namespace dtq {
@@ -37,7 +39,16 @@ struct Lanes4 {
     return v;
   }
 
+  static V at_least(V v, V limit) { return v < limit ? limit : v; }
+  static V at_most(V v, V limit) { return v > limit ? limit : v; }
+
   static U load_bytes(const uint8_t* p) { return U{p[0], p[1], p[2], p[3]}; }
+
+  static U load_halves(const void* p) {
+    uint16_t h[4];
+    memcpy(h, p, sizeof h);
+    return U{h[0], h[1], h[2], h[3]};
+  }
 
   static I load_signed_bytes(const uint8_t* p) {
     return I{(int8_t)p[0], (int8_t)p[1], (int8_t)p[2], (int8_t)p[3]};

@@ -32,8 +32,7 @@ struct RowOperands {
     if (k > 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
     if (pre_scale) {
       STD_TORCH_CHECK(pre_scale->numel() == k, op, ": pre_scale must have ", k, " entries");
-      pre = to_contiguous(to_dtype(*pre_scale, ScalarType::Float));
-      rows.pre_scale = data<float>(pre);
+      rows.pre_scale = floats.of(*pre_scale);
     }
     if (perm_in) {
       STD_TORCH_CHECK(perm_in->numel() == k, op, ": perm must have ", k, " entries");
@@ -72,14 +71,13 @@ struct RowOperands {
                         scale_in->size(1) == rows.columns && x.size(0) % scale_in->size(0) == 0,
                     op, ": scale ", shape_of(*scale_in), " and shift ", shape_of(*shift_in), " for x ",
                     shape_of(x));
-    scale = to_contiguous(to_dtype(*scale_in, ScalarType::Float));
-    shift = to_contiguous(to_dtype(*shift_in, ScalarType::Float));
-    rows.modulate_scale = data<float>(scale);
-    rows.modulate_shift = data<float>(shift);
-    rows.rows_per_modulate = std::max<int64_t>(1, x.size(0) / scale.size(0));
+    rows.modulate_scale = floats.of(*scale_in);
+    rows.modulate_shift = floats.of(*shift_in);
+    rows.rows_per_modulate = std::max<int64_t>(1, x.size(0) / scale_in->size(0));
   }
 
-  Tensor x, pre, perm, scale, shift;
+  Tensor x, perm;
+  Floats floats;
   dtq::Rows rows = {};
 };
 
@@ -90,12 +88,10 @@ using Pair = std::tuple<Tensor, Tensor>;
 Pair quantized(const char* op, RowOperands operands, const OptionalTensor& scale, int64_t bin,
                int64_t qmax) {
   const int64_t m = operands.x.size(0), k = operands.x.size(1);
-  Tensor static_scale;
   if (scale) {
     STD_TORCH_CHECK(bin >= 0 && bin < scale->numel(), op, ": bin ", bin, " of ", scale->numel(),
                     " static scales");
-    static_scale = to_contiguous(to_dtype(*scale, ScalarType::Float));
-    operands.rows.static_scale = data<float>(static_scale) + bin;
+    operands.rows.static_scale = operands.floats.of(*scale) + bin;
   }
   Tensor x_q = torch::stable::new_empty(operands.x, {m, k}, ScalarType::Char);
   Tensor scales = torch::stable::new_empty(operands.x, {m}, ScalarType::Float);
@@ -248,10 +244,10 @@ class Gemm {
     STD_TORCH_CHECK(row_scale.numel() == g.tokens, "dtq linear: one scale per token");
     g.x_q = data<int8_t>(x_q_);
     g.weight = data<int8_t>(weight_);
-    g.row_scale = floats(row_scale);
+    g.row_scale = floats_.of(row_scale);
     if (bias) {
       STD_TORCH_CHECK(bias->numel() == g.rows, "dtq linear: bias must have ", g.rows, " entries");
-      g.bias = floats(*bias);
+      g.bias = floats_.of(*bias);
     }
     g.sections = 1;
     set_group(1);
@@ -260,7 +256,7 @@ class Gemm {
   // One scale for each output channel.
   void set_scale(const Tensor& weight_scale) {
     STD_TORCH_CHECK(weight_scale.numel() == g.rows, "dtq linear: one scale per output channel");
-    g.weight_scale = floats(weight_scale);
+    g.weight_scale = floats_.of(weight_scale);
   }
 
   // The codebooks of 3- or 4-bit codes: a byte (entries = 1) or 16 int8 for each group of a row.
@@ -283,7 +279,7 @@ class Gemm {
     g.sections = scale.size(1);
     STD_TORCH_CHECK(g.bits == 8 || g.columns / g.sections % 2 == 0, "dtq linear: groups of ",
                     g.columns / g.sections, " 4-bit weights do not end on a byte");
-    g.section_scale = floats(scale);
+    g.section_scale = floats_.of(scale);
     if (!zero) return;
     STD_TORCH_CHECK(same_shape(*zero, scale) && zero->scalar_type() == ScalarType::Char,
                     "dtq linear: zero points ", shape_of(*zero), " do not fit the scales");
@@ -342,11 +338,9 @@ class Gemm {
     return owned_.back();
   }
 
-  const float* floats(const Tensor& tensor) {
-    return data<float>(owned(to_contiguous(to_dtype(tensor, ScalarType::Float))));
-  }
 
   Tensor x_q_, weight_;
+  Floats floats_;
   std::vector<Tensor> owned_;
 };
 

@@ -159,9 +159,7 @@ inline float amax(const float* row, int64_t columns) {
 
 // round(x / scale), clamped to +-qmax, as the low byte of each lane.
 inline U quantized(V x, V scale, V qmax) {
-  V v = x / scale;
-  v = v > qmax ? qmax : v;
-  v = v < -qmax ? -qmax : v;
+  const V v = Isa::at_least(Isa::at_most(x / scale, qmax), -qmax);
   return (U)(v + splat(kRoundToInt));
 }
 

@@ -38,8 +38,7 @@ DTQ_DEV float weight_scale<float>(const Gemm& g, int64_t) {
 // GELU in its tanh form, x / (1 + e^-2u), in seven instructions. Its error is far below half a step of
 // bfloat16 (docs/kernels.md); the GELU of exact_math.cuh, with the bits of the reference, takes 47.
 DTQ_DEV float gelu_approximate(float x) {
-  constexpr float kLinear = -kGelu2SqrtTwoOverPi * kLog2E, kCubic = kLinear * kGeluCubic;
-  const float exponent = fmul(x, ffma(fmul(x, x), kCubic, kLinear));  // -2u / ln 2
+  const float exponent = fmul(x, ffma(fmul(x, x), kGeluCubic, kGeluLinear));  // -2u / ln 2
   return fmul(x, reciprocal_approximate(fadd(1.0f, exp2_approximate(exponent))));
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Conversions from and to e4m3, the exponential and GELU, bit-identical on every device.
+// Conversions from and to e4m3, and GELU, bit-identical on every device.
 //
 // Products use fmul: the compiler may contract a plain product with the sum that follows, which rounds
 // once where the reference rounds twice.
@@ -30,32 +30,21 @@ DTQ_DEV uint32_t to_e4m3(float x) {
 
 // ---------------------------------------------------------------------------- GELU
 
-// 2^n, n in [-126, 128]; 128 is infinity.
-DTQ_DEV float power_of_two(int n) { return bits_float((uint32_t)(n + 127) << 23); }
-
-// e^t with a relative error below 3e-7 for t in [-87, 88.7]; smaller t are taken as -87, larger ones give
-// infinity. Each product and each sum is rounded, as in dtq/kernels/ops_quantize.py.
-DTQ_DEV float exponential(float t) {
-  t = t > kExpMax ? kExpMax : t;
-  t = t < kExpMin ? kExpMin : t;
-  const int n = round_to_int(fmul(t, kLog2E));  // 0 for NaN
-  const float exponent = int_to_float(n);
-  const float r = (t - fmul(exponent, kLn2High)) - fmul(exponent, kLn2Low);
-  float p = kExp1Over720;
-  p = fmul(p, r) + kExp1Over120;
-  p = fmul(p, r) + kExp1Over24;
-  p = fmul(p, r) + kExp1Over6;
-  p = fmul(p, r) + 0.5f;
-  p = fmul(p, r) + 1.0f;
-  p = fmul(p, r) + 1.0f;
-  return fmul(p, power_of_two(n));
-}
-
-// GELU in its tanh form, x (1 + tanh(u)) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+// GELU in its tanh form, x (1 + tanh(u)) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3). Each product and
+// each sum is rounded, as in dtq/kernels/ops_quantize.py; see kGeluLinear.
 DTQ_DEV float gelu(float x) {
-  const float cube = fmul(fmul(x, x), x);
-  const float u = fmul(x + fmul(cube, kGeluCubic), kGelu2SqrtTwoOverPi);
-  return fdiv(x, 1.0f + exponential(-u));
+  const float low = x < kGeluLowest ? kGeluLowest : x;
+  float t = fmul(low, fmul(fmul(low, low), kGeluCubic) + kGeluLinear);
+  t = t < kGeluLeastExponent ? kGeluLeastExponent : t;
+  const float shifted = t + kRoundToInt;  // its low bits are the rounded t
+  const float r = t - (shifted - kRoundToInt);
+  float p = kPower5;
+  p = fmul(p, r) + kPower4;
+  p = fmul(p, r) + kPower3;
+  p = fmul(p, r) + kPower2;
+  p = fmul(p, r) + kPower1;
+  p = fmul(p, r) + 1.0f;
+  return fdiv(low, 1.0f + bits_float(float_bits(p) + (float_bits(shifted) << 23)));
 }
 
 }  // namespace dtq

@@ -274,7 +274,7 @@ void test_gelu() {
   for (uint32_t h = 0; h < 65536; h++) {
     const float x = bits_float(h << 16), got = gelu_approximate(x);
     if (std::isnan(x) || std::isinf(x)) {
-      const float want = x > 0 ? x : NAN;  // -inf: 0 * inf, as in the reference
+      const float want = x > 0 ? x : NAN;  // -inf: 0 * inf, as in torch
       wrong += std::isnan(want) ? !std::isnan(got) : got != want;
       continue;
     }
