@@ -15,6 +15,13 @@ enum Weights {
   kMxFp4,  // a biased exponent, groups of 32
 };
 
+// What no GPU has run yet and is therefore not the default; bits of `options`.
+enum Options {
+  kPersistentBlocks = 1,  // sm_90: a block computes one tile after the other
+  kDependentLaunch = 2,   // sm_90: a GEMM may start while the kernel before it, which quantizes rows, ends
+};
+constexpr int kDefaultOptions = 0;
+
 // out = float(x_q @ weight^T) * row_scale * weight_scale + bias, in float32 and in this order; then, if
 // given, + low-rank branch; GELU; gate * that + residual; and one rounding to out_type.
 struct Gemm {
@@ -50,6 +57,7 @@ struct Gemm {
 
   int arch;  // compute capability: 80, 86, 89, 90, 100, 120
   int sms;   // multiprocessors of the device
+  int options;  // of Options
 };
 
 }  // namespace dtq

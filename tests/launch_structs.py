@@ -37,7 +37,7 @@ class Gemm(ctypes.Structure):
         ("gate_tokens", i64),
         *_named(pointer, "residual workspace"),
         ("workspace_bytes", i64),
-        *_named(i32, "arch sms"),
+        *_named(i32, "arch sms options"),
     )
 
 

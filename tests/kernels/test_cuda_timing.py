@@ -90,6 +90,29 @@ def test_the_epilogue_on_hopper(kernels, source, name):
     assert not after.count("BSSY"), "branches in which lanes may differ"
 
 
+# Between the last product of a tile and the first of the next: (has GELU, cycles a tile at most)
+BETWEEN_TILES = {"plain": (0, 1_500), "gelu": (1, 5_000)}
+
+
+@pytest.mark.parametrize("name", BETWEEN_TILES)
+@pytest.mark.parametrize("source", ["gemm_int8.cu", "gemm_two_level.cu"])
+def test_what_is_not_hidden_with_persistent_blocks(kernels, source, name):
+    """The second of three tiles of a cluster: 12 x 16 tiles of 66 clusters."""
+    has_gelu, bound = BETWEEN_TILES[name]
+    kernel = sass.find(kernels(source, "90a"), rf"gemm_persistent.*EELb{has_gelu}E")
+    params = bytes(384) + bytes(gemm(gelu=bool(has_gelu)))
+    walk = sass.run(kernel, params, thread=128, threads=384, grid=132, align=128)
+    assert walk.count("IGMMA") == 3 * 4 * 24
+    products, stores = walk.starts("IGMMA"), walk.starts("UTMASTG")
+    assert len(stores) == 3 * len(stores_of_tile(source))
+    part = walk.part(products[2 * 96 - 1], products[2 * 96])
+    print(
+        f"\n{source} {name}: {part.instructions} instructions, {part.cycles} cycles between tiles, "
+        f"{kernel.registers} registers"
+    )
+    assert part.cycles <= bound
+
+
 def mma(kernels, source, arch, has_epilogue=0, **changes):
     kernel = sass.find(kernels(source, arch), rf"gemm_mma.*ELi128ELi128E.*Lb1EEELb{has_epilogue}E")
     return kernel, sass.run(kernel, bytes(gemm(**changes)), threads=256)
