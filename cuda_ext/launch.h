@@ -15,13 +15,6 @@ enum Weights {
   kMxFp4,  // a biased exponent, groups of 32
 };
 
-// What no GPU has run yet and is therefore not the default; bits of `options`.
-enum Options {
-  kPersistentBlocks = 1,  // sm_90: a block computes one tile after the other
-  kDependentLaunch = 2,   // sm_90: a GEMM may start while the kernel before it, which quantizes rows, ends
-};
-constexpr int kDefaultOptions = 0;
-
 // out = float(x_q @ weight^T) * row_scale * weight_scale + bias, in float32 and in this order; then, if
 // given, + low-rank branch; GELU; gate * that + residual; and one rounding to out_type.
 struct Gemm {

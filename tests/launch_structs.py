@@ -74,6 +74,7 @@ class Rows(ctypes.Structure):
         ("block_scale", pointer),
         ("width", i64),
         *_named(pointer, "scale sums"),
+        ("next_may_start", flag),
     )
 
 

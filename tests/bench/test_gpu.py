@@ -45,7 +45,7 @@ def session(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", [*gpu_checks.checks(), *gpu_robust.checks()], ids=lambda c: c.key)
+@pytest.mark.parametrize("check", gpu.COMMANDS["checks"](), ids=lambda c: c.key)
 def test_the_checks_of_the_script(session, check):
     try:
         check.run(session)
