@@ -190,18 +190,20 @@ DTQ_DEV void store_fused(const Gemm& g, const Consumer& c, const unsigned char* 
   float gate[8];
   if (gates == kOneGate) floats_of_piece(load_gate(g, c.m / gate_tokens, n), type, gate);
   DTQ_ROLLED for (int first = 0; first < T::kTokens / 16; first += kAhead) {
-    U4 now[kAhead];
+    U4 now[kAhead], of_token[kAhead];
     DTQ_UNROLL for (int k = 0; k < kAhead; k++) now[k] = residual[k];
+    if (gates == kManyGates)  // all before the first store, which no later load may pass
+      DTQ_UNROLL for (int k = 0; k < kAhead; k++) {
+        const int m = c.m + p.token + (first + k) * 16;
+        of_token[k] = load_gate(g, (m < g.tokens ? m : c.m) / gate_tokens, n);
+      }
     if (gates != kNoGate) load_residual(g, p, first + kAhead, residual);
     DTQ_UNROLL for (int k = 0; k < kAhead; k++) {
       const int i = first + k;
       const U4 low = lds<U4>(from), high = lds<U4>(from + kFloatHalf);
       const uint32_t bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       float v[8], add[8];
-      if (gates == kManyGates) {
-        const int m = c.m + p.token + i * 16;
-        floats_of_piece(load_gate(g, (m < g.tokens ? m : c.m) / gate_tokens, n), type, gate);
-      }
+      if (gates == kManyGates) floats_of_piece(of_token[k], type, gate);
       floats_of_piece(now[k], type, add);
       DTQ_UNROLL for (int e = 0; e < 8; e++) {
         v[e] = has_gelu ? gelu_approximate(bits_float(bits[e])) : bits_float(bits[e]);
