@@ -362,15 +362,15 @@ const Case kCases[] = {
     {kTwoLevel, 257, 392, 192, 64, 90, kFloat16, true, 3, "wgmma"},
     {kInt8, 100, 1032, 288, 0, 90, kBFloat16, true, 11, "wgmma 128x128"},
     {kInt8, 127, 1032, 160, 0, 90, kBFloat16, true, 0, "wgmma 128x128"},
-    // persistent blocks: one and several tiles of a cluster, more steps than stages and fewer, tails
-    {kInt8, 1100, 520, 640, 0, 90, kBFloat16, true, 0, "wgmma 256x128, persistent", 1},
+    // persistent blocks: several tiles of a cluster, in two bands; more steps than stages, and fewer; tails
+    {kInt8, 700, 392, 640, 0, 90, kBFloat16, true, 0, "wgmma 256x128, persistent", 1},
     {kInt8, 2300, 264, 96, 0, 90, kFloat16, false, 1, "wgmma 256x128, persistent", 3},
-    {kTwoLevel, 1025, 392, 192, 32, 90, kFloat16, true, 0, "wgmma 256x128, persistent", 1},
-    {kTwoLevel, 519, 520, 1152, 64, 90, kBFloat16, true, 1, "wgmma 256x128, persistent", 3},
+    {kTwoLevel, 520, 392, 192, 32, 90, kFloat16, true, 0, "wgmma 256x128, persistent", 1},
+    {kTwoLevel, 700, 392, 704, 64, 90, kBFloat16, true, 1, "wgmma 256x128, persistent", 3},
     {kTable, 600, 264, 320, 64, 90, kBFloat16, true, 0, "wgmma 256x128, persistent", 1},
     // programmatic dependent launch
-    {kInt8, 519, 520, 256, 0, 90, kBFloat16, true, 0, "wgmma 256x128", 2},
-    {kTwoLevel, 519, 520, 192, 64, 90, kFloat16, true, 11, "wgmma", 2},
+    {kInt8, 300, 264, 128, 0, 90, kBFloat16, true, 0, "wgmma", 2},
+    {kTwoLevel, 300, 264, 128, 64, 90, kFloat16, true, 11, "wgmma", 2},
     // epilogues
     {kInt8, 70, 66, 128, 0, 80, kBFloat16, true, 1, "64x64"},
     {kInt8, 40, 33, 256, 0, 80, kBFloat16, true, 2, "64x64"},
