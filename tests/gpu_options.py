@@ -150,7 +150,10 @@ def captured(s: Session) -> str:
 def checks() -> list[Check]:
     """Whether they are right."""
     return [
-        *(Check("options", f"persistent, {case.name}", partial(persistent, case)) for case in CASES),
+        *(
+            Check("options", f"persistent, {case.name}", partial(persistent, case))
+            for case in CASES
+        ),
         Check("options", "dependent launch", dependent),
         Check("options", "dependent launch in a graph", captured),
     ]
@@ -178,7 +181,9 @@ def timed(kind: str, what: str, s: Session) -> None:
             Candidate(name, partial(run, chosen), 0)
             for name, chosen in {"default": 0, **choices}.items()
         ]
-        rows = s.keep(compare(f"{k} x {n}, {kind} {what}", m, candidates, s.rounds, s.clock, choices))
+        rows = s.keep(
+            compare(f"{k} x {n}, {kind} {what}", m, candidates, s.rounds, s.clock, choices)
+        )
         for name in choices:
             low, ratio, high = rows[0].ratio[name]
             found = f"{ratio:.3f} ({low:.3f} to {high:.3f})"

@@ -15,7 +15,6 @@ import agreement
 import golden
 import gpu
 import gpu_checks
-import gpu_robust
 import gpu_run
 import gpu_targets
 import products
