@@ -20,6 +20,16 @@ struct WgmmaArgs {
   GemmArgs p;
 };
 
+// Tiles of a cluster along each dimension.
+template <class T>
+DTQ_HD int tiles_m(const Gemm& g) {
+  return int(ceil_div(g.tokens, T::kTokens));
+}
+template <class T>
+DTQ_HD int tiles_n(const Gemm& g) {
+  return int(ceil_div(g.rows, T::kRows * T::kCluster));
+}
+
 #if defined(DTQ_HAS_WGMMA)
 
 // A stage of the ring, and how often the ring was filled before.
@@ -73,16 +83,6 @@ struct TilePlace {
 template <class T>
 DTQ_DEV TilePlace place_of(const TileCoord& tile, int rank) {
   return {tile.m * T::kTokens, (tile.n * T::kCluster + rank) * T::kRows};
-}
-
-// Tiles of a cluster along each dimension.
-template <class T>
-DTQ_HD int tiles_m(const Gemm& g) {
-  return int(ceil_div(g.tokens, T::kTokens));
-}
-template <class T>
-DTQ_HD int tiles_n(const Gemm& g) {
-  return int(ceil_div(g.rows, T::kRows * T::kCluster));
 }
 
 // Fills the ring with a tile, from `slot` on.

@@ -389,15 +389,13 @@ DTQ_KERNEL void DTQ_BOUNDS(128, 1) golden_box_stores(const DTQ_CONSTANT Golden p
 #if defined(DTQ_HAS_WGMMA)
   DTQ_SHARED(shared);
   constexpr int kWords = 32 * 128 / 4;
-  auto fill_box = [&](int box, uint32_t add) {
-    DTQ_ROLLED for (int i = tid(); i < kWords; i += 128)
-      sts(shared + (box * kWords + i) * 4, word(p, box * kWords + i) + add);
+  auto fill_boxes = [&](int count, uint32_t add) {
+    DTQ_ROLLED for (int i = tid(); i < count * kWords; i += 128) sts(shared + i * 4, word(p, i) + add);
     fence_proxy_async();
     sync_threads();
   };
   unsigned char* const second = shared + kWords * 4;
-  fill_box(0, 0);
-  fill_box(1, 0);
+  fill_boxes(2, 0);
   if (tid() == 0) {
     store_box(p.map, shared, 16, 8);
     bulk_commit();
@@ -406,7 +404,7 @@ DTQ_KERNEL void DTQ_BOUNDS(128, 1) golden_box_stores(const DTQ_CONSTANT Golden p
     bulk_wait_read<1>();
   }
   sync_threads();
-  fill_box(0, 1);
+  fill_boxes(1, 1);
   if (tid() == 0) {
     store_box(p.map, shared, kMapBytes - 16, 48);
     bulk_commit();
