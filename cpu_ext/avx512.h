@@ -3,17 +3,13 @@
 #pragma once
 #include <immintrin.h>
 
+#include "lanes.h"
 #include "weights.h"
 
 namespace dtq {
 namespace {
 
-struct Avx512Vectors {
-  static constexpr int kLanes = 16;
-  typedef float V __attribute__((vector_size(64)));
-  typedef int32_t I __attribute__((vector_size(kLanes * 4)));
-  typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
-
+struct Avx512Vectors : Lanes<16> {
   template <int h>
   static V swap_lanes(V v) {
     if constexpr (h == 1) return (V)_mm512_permute_ps((__m512)v, 0xb1);

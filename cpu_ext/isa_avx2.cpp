@@ -6,17 +6,13 @@
 #include <immintrin.h>
 
 #include "blocks.h"
+#include "lanes.h"
 #include "weights.h"
 
 namespace dtq {
 namespace {
 
-struct Avx2Vectors {
-  static constexpr int kLanes = 8;
-  typedef float V __attribute__((vector_size(32)));
-  typedef int32_t I __attribute__((vector_size(kLanes * 4)));
-  typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
-
+struct Avx2Vectors : Lanes<8> {
   template <int h>
   static V swap_lanes(V v) {
     if constexpr (h == 1) return (V)_mm256_permute_ps((__m256)v, 0xb1);

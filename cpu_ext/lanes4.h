@@ -4,16 +4,12 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace dtq {
 namespace {
 
-struct Lanes4 {
-  static constexpr int kLanes = 4;
-  typedef float V __attribute__((vector_size(16)));
-  typedef int32_t I __attribute__((vector_size(kLanes * 4)));
-  typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
-
+struct Lanes4 : Lanes<4> {
   template <int h>
   static V swap_lanes(V v) {
     return V{v[0 ^ h], v[1 ^ h], v[2 ^ h], v[3 ^ h]};

@@ -98,6 +98,14 @@ DTQ_DEV T ldg(const T* p) {
   return value;
 }
 
+// Global memory that the kernel before this one on the stream may have written after this one started, see
+// wait_for_previous_kernel: neither the compiler nor a cache may take it from before.
+DTQ_DEV float ld_global(const float* p) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(p) : "memory");
+  return value;
+}
+
 template <class T>
 DTQ_DEV void stg(T* p, T value) {
   *p = value;
@@ -121,16 +129,17 @@ DTQ_DEV void stg_if(bool condition, U4* p, const U4& v) {
       "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
       : "memory");
 }
-// 16 bytes, or zeros.
-DTQ_DEV U4 ldg_if(bool condition, const U4* p) {
+// 16 bytes, or zeros; of memory as for ld_global.
+DTQ_DEV U4 ld_global_if(bool condition, const U4* p) {
   U4 v;
   asm volatile(
       "{\n.reg .pred p;\n"
       "setp.ne.s32 p, %4, 0;\n"
       "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%5];\n}"
+      "@p ld.global.v4.b32 {%0, %1, %2, %3}, [%5];\n}"
       : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-      : "r"(int(condition)), "l"(p));
+      : "r"(int(condition)), "l"(p)
+      : "memory");
   return v;
 }
 
@@ -189,6 +198,21 @@ DTQ_DEV T shfl(T value, int from) {
   return __shfl_sync(0xffffffffu, value, from);
 }
 DTQ_DEV uint32_t max_of_warp(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
+
+// Programmatic dependent launch: a kernel that is launched with Shape::dependent may start while the kernel
+// before it on the stream still runs. After this wait that one has ended, and what it wrote is visible. The
+// kernel must not access global memory before.
+DTQ_DEV void wait_for_previous_kernel() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Such a kernel may start once every block of this one is here or has ended.
+DTQ_DEV void let_next_kernel_start() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // ---------------------------------------------------------------------------- fragments
 
@@ -447,6 +471,24 @@ DTQ_DEV void load_box(void* to, const TensorMap& map, uint64_t* bar, int column,
         : "memory");
 }
 
+// Copies a box of shared memory, swizzled, to (column byte, row) of the tensor; what is outside it is not
+// written. Part of this thread's next group of bulk stores. What other threads wrote to the box must be followed
+// by their fence_proxy_async and a barrier.
+DTQ_DEV void store_box(const TensorMap& map, const void* from, int column, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
+      "r"(shared_address(from)), "r"(column), "r"(row)
+      : "memory");
+}
+DTQ_DEV void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until all but the latest `rest` groups of this thread have read their shared memory, which may then be
+// written, and must not end before.
+template <int rest>
+DTQ_DEV void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(rest) : "memory");
+}
+
 // The wgmma descriptor of rows of 128 bytes in the 128-byte swizzle, 1024 bytes per 8 rows.
 DTQ_DEV uint64_t swizzled_rows(const void* p) {
   return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 |
@@ -549,6 +591,7 @@ struct Shape {
   unsigned threads = 32;
   size_t shared = 0;     // bytes
   unsigned cluster = 1;  // blocks along x
+  bool dependent = false;  // may start before the kernel before it has ended: wait_for_previous_kernel
 };
 
 // Starts the kernel on the stream. Returns a cudaError_t.
@@ -563,11 +606,18 @@ int launch(void (*kernel)(P), const Shape& s, Stream stream, const P& p) {
   config.blockDim = {s.threads, 1, 1};
   config.dynamicSmemBytes = s.shared;
   config.stream = cudaStream_t(stream);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {s.cluster, 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = s.cluster > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (s.cluster > 1) {
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeClusterDimension;
+    a.val.clusterDim = {s.cluster, 1, 1};
+  }
+  if (s.dependent) {
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    a.val.programmaticStreamSerializationAllowed = 1;
+  }
   P copy = p;
   void* arguments[] = {&copy};
   return cudaLaunchKernelExC(&config, (const void*)kernel, arguments);

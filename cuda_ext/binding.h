@@ -231,6 +231,9 @@ inline bool launched(int code, const char* what) {
   return code == 0;
 }
 
+// Of Options, for all kernels that are launched from now on.
+inline std::atomic<int> options{kDefaultOptions};
+
 // Number of calls of the torch reference so far, for tests and measurements.
 inline std::atomic<int64_t> reference_calls{0};
 

@@ -26,18 +26,6 @@ struct WgmmaTile {
   static_assert(kShared <= 227 * 1024, "the limit of a block on sm_90");
 };
 
-enum Finish {
-  kPlain,    // 16-bit outputs, whose rows are whole 16 bytes
-  kFused,    // the same, with GELU, or gate and residual, or both
-  kGeneral,  // everything else: 32-bit outputs, other rows, low-rank branches
-};
-
-inline Finish finish_of(const Gemm& g) {
-  const bool whole = g.rows % 8 == 0 && aligned16(g.out) && aligned16(g.gate) && aligned16(g.residual);
-  if (g.out_type == kFloat32 || !whole || g.down) return kGeneral;
-  return has_epilogue(g) ? kFused : kPlain;
-}
-
 #if defined(DTQ_HAS_WGMMA)
 
 // A consumer thread in the tile.
@@ -52,16 +40,30 @@ struct RowPair {
   float scale[2], bias[2];
 };
 
-DTQ_DEV RowPair load_row_pair(const Gemm& g, int n) {
-  RowPair r;
-  DTQ_UNROLL for (int h = 0; h < 2; h++) {
-    const bool valid = n + h * 8 < g.rows;
-    r.scale[h] = valid ? ldg(g.weight_scale + n + h * 8) : 0;
-    // x + -0 is x, so that there is always a bias
-    r.bias[h] = valid && g.bias ? load_float(g.bias, n + h * 8, g.bias_type) : -0.0f;
+// The same as stored: nothing waits for what the constructor loads, long before decode() uses it.
+struct StoredRowPair {
+  float scale[2];
+  uint32_t bias[2];
+  DTQ_DEV StoredRowPair(const Gemm& g, int n) {
+    DTQ_UNROLL for (int h = 0; h < 2; h++) {
+      const int row = n + h * 8 < g.rows ? n + h * 8 : 0;  // past the last row any values will do
+      scale[h] = ldg(g.weight_scale + row);
+      bias[h] = 0;
+      if (!g.bias) continue;
+      if (g.bias_type == kFloat32) bias[h] = ldg(static_cast<const uint32_t*>(g.bias) + row);
+      else bias[h] = ldg(static_cast<const uint16_t*>(g.bias) + row);
+    }
   }
-  return r;
-}
+  DTQ_DEV RowPair decode(const Gemm& g) const {
+    RowPair r;
+    DTQ_UNROLL for (int h = 0; h < 2; h++) {
+      r.scale[h] = scale[h];
+      const float b = g.bias_type == kFloat32 ? bits_float(bias[h]) : to_float(uint16_t(bias[h]), g.bias_type);
+      r.bias[h] = g.bias ? b : -0.0f;  // x + -0 is x, so that there is always a bias
+    }
+    return r;
+  }
+};
 
 // The scales of tokens 8 j + 2 t and + 1, for `count` values of j. They are read one round ahead: the compiler
 // does not move a read across a write to shared memory.
@@ -166,7 +168,7 @@ DTQ_DEV void floats_of_piece(const U4& u, Float type, float (&v)[8]) {
 DTQ_DEV void load_residual(const Gemm& g, const Pieces& p, int i, U4 (&residual)[kAhead]) {
   const uint16_t* from = static_cast<const uint16_t*>(g.residual) + p.first + i * p.step;
   DTQ_UNROLL for (int k = 0; k < kAhead; k++) {
-    residual[k] = ldg_if((i + k) * 16 < p.left, reinterpret_cast<const U4*>(from));
+    residual[k] = ld_global_if((i + k) * 16 < p.left, reinterpret_cast<const U4*>(from));
     from += p.step;
   }
 }
@@ -175,7 +177,7 @@ enum Gates { kNoGate, kOneGate, kManyGates };  // images whose tokens are in the
 
 DTQ_DEV U4 load_gate(const Gemm& g, int image, int n) {
   const uint16_t* from = static_cast<const uint16_t*>(g.gate) + image * g.rows + n;
-  return ldg_if(n < g.rows, reinterpret_cast<const U4*>(from));
+  return ld_global_if(n < g.rows, reinterpret_cast<const U4*>(from));
 }
 
 // From the tile of floats to outputs. `residual` has the first pieces.
@@ -188,18 +190,20 @@ DTQ_DEV void store_fused(const Gemm& g, const Consumer& c, const unsigned char* 
   float gate[8];
   if (gates == kOneGate) floats_of_piece(load_gate(g, c.m / gate_tokens, n), type, gate);
   DTQ_ROLLED for (int first = 0; first < T::kTokens / 16; first += kAhead) {
-    U4 now[kAhead];
+    U4 now[kAhead], of_token[kAhead];
     DTQ_UNROLL for (int k = 0; k < kAhead; k++) now[k] = residual[k];
+    if (gates == kManyGates)  // all before the first store, which no later load may pass
+      DTQ_UNROLL for (int k = 0; k < kAhead; k++) {
+        const int m = c.m + p.token + (first + k) * 16;
+        of_token[k] = load_gate(g, (m < g.tokens ? m : c.m) / gate_tokens, n);
+      }
     if (gates != kNoGate) load_residual(g, p, first + kAhead, residual);
     DTQ_UNROLL for (int k = 0; k < kAhead; k++) {
       const int i = first + k;
       const U4 low = lds<U4>(from), high = lds<U4>(from + kFloatHalf);
       const uint32_t bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       float v[8], add[8];
-      if (gates == kManyGates) {
-        const int m = c.m + p.token + i * 16;
-        floats_of_piece(load_gate(g, (m < g.tokens ? m : c.m) / gate_tokens, n), type, gate);
-      }
+      if (gates == kManyGates) floats_of_piece(of_token[k], type, gate);
       floats_of_piece(now[k], type, add);
       DTQ_UNROLL for (int e = 0; e < 8; e++) {
         v[e] = has_gelu ? gelu_approximate(bits_float(bits[e])) : bits_float(bits[e]);

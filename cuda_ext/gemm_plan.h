@@ -16,6 +16,7 @@ enum Tile {
   kMmaOdd,    // 64 x 64, rows that do not start at multiples of 16 bytes
   kWgmma256,  // sm_90: 256 tokens x 128 rows
   kWgmma128,  // 128 x 128: each expanded weight is used for half as many tokens
+  kPersistent,  // sm_90: 256 x 128, each cluster computes several tiles
   kFp4Large,  // sm_120, FP4: 128 x 128
   kFp4Small,  // 64 x 64
   kTiles
@@ -33,6 +34,7 @@ constexpr TileSize kTileSizes[kTiles] = {
     {"mma 64x64, any alignment", 64, 64},
     {"wgmma 256x128", 256, 128},
     {"wgmma 128x128", 128, 128},
+    {"wgmma 256x128, persistent", 256, 128},
     {"fp4 128x128", 128, 128},
     {"fp4 64x64", 64, 64},
 };
@@ -108,12 +110,37 @@ inline Tile wgmma_tile(const Gemm& g) {
 
 inline bool has_epilogue(const Gemm& g) { return g.gelu || g.gate || g.down; }
 
+// What follows the products of a wgmma kernel.
+enum Finish {
+  kPlain,    // 16-bit outputs, whose rows are whole 16 bytes
+  kFused,    // the same, with GELU, or gate and residual, or both
+  kGeneral,  // everything else: 32-bit outputs, other rows, low-rank branches
+};
+
+inline Finish finish_of(const Gemm& g) {
+  const bool whole = g.rows % 8 == 0 && aligned16(g.out) && aligned16(g.gate) && aligned16(g.residual);
+  if (g.out_type == kFloat32 || !whole || g.down) return kGeneral;
+  return has_epilogue(g) ? kFused : kPlain;
+}
+
+// Whether the kernel may start before the previous one on the stream has ended. One with a low-rank branch reads
+// more than what is guarded by ld_global, and has kGeneral.
+inline bool starts_early(const Gemm& g) { return g.options & kDependentLaunch; }
+
+// Gates are not in the persistent kernel.
+inline bool wants_persistent(const Gemm& g) {
+  return g.options & kPersistentBlocks && finish_of(g) != kGeneral && !g.gate;
+}
+
 inline Plan plan_of(const Gemm& g) {
   const int steps = int(ceil_div(g.columns, 64));
   if (is_fp4(g)) return {tiles_of(g, kFp4Large) >= g.sms ? kFp4Large : kFp4Small, 1, steps, false};
   if (g.columns % 16 || !aligned16(g.x_q) || !aligned16(g.weight))
     return {kMmaOdd, 1, steps, has_epilogue(g)};
-  if (wants_wgmma(g)) return {wgmma_tile(g), 1, steps, false};
+  if (wants_wgmma(g)) {
+    const Tile tile = wgmma_tile(g);
+    return {tile == kWgmma256 && wants_persistent(g) ? kPersistent : tile, 1, steps, false};
+  }
   if (g.tokens > 64) {
     if (tiles_of(g, kMma128) >= g.sms) return {kMma128, 1, steps, false};
     return {kMma64, 1, steps, has_epilogue(g)};

@@ -4,7 +4,7 @@
 #pragma once
 #include "gemm_mma.cuh"
 #include "gemm_plan.h"
-#include "gemm_wgmma.cuh"
+#include "gemm_persistent.cuh"
 
 namespace dtq {
 
@@ -21,6 +21,8 @@ template <class Source>
 using Wgmma256 = WgmmaTile<Source, 256, Source::kBits == 8 ? 4 : 5, 2>;
 template <class Source>
 using Wgmma128 = WgmmaTile<Source, 128, Source::kBits == 8 ? 6 : 8, 2>;
+template <class Source>
+using Persistent = PersistentTile<Source, 256, 4, Source::kBits == 8 ? 64 : 128>;
 using TileOdd = MmaTile<Int8, 64, 64, 32, 32, 3, false>;
 
 template <class T, bool has_epilogue>
@@ -45,6 +47,7 @@ int run(const Gemm& g, const Plan& plan, Stream stream) {
   if (plan.tile == kMma16) status = run_mma<Tile16<Source>, false>(p, tiles, stream);
   if (plan.tile == kWgmma256) status = run_wgmma<Wgmma256<Source>>(p, stream);
   if (plan.tile == kWgmma128) status = run_wgmma<Wgmma128<Source>>(p, stream);
+  if (plan.tile == kPersistent) status = run_persistent<Persistent<Source>>(p, stream);
   if constexpr (Source::kBits == 8)
     if (plan.tile == kMmaOdd) status = run_mma<TileOdd, false>(p, tiles, stream);
   if (status != kOk || !plan.partial) return status;

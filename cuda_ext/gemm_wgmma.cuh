@@ -20,6 +20,16 @@ struct WgmmaArgs {
   GemmArgs p;
 };
 
+// Tiles of a cluster along each dimension.
+template <class T>
+DTQ_HD int tiles_m(const Gemm& g) {
+  return int(ceil_div(g.tokens, T::kTokens));
+}
+template <class T>
+DTQ_HD int tiles_n(const Gemm& g) {
+  return int(ceil_div(g.rows, T::kRows * T::kCluster));
+}
+
 #if defined(DTQ_HAS_WGMMA)
 
 // A stage of the ring, and how often the ring was filled before.
@@ -44,38 +54,56 @@ struct Ring {
   DTQ_DEV uint64_t* empty(int stage) const { return full(stage) + T::kStages; }
 };
 
-// Barriers, and the scales of the tile's tokens.
+// A barrier of all threads must follow, see start_ring.
 template <class T>
-DTQ_DEV void start_ring(const Ring<T>& ring, const Gemm& g, int token) {
-  if (tid() < T::kTokens)
-    sts(ring.shared + T::kRowScales + tid() * 4,
-        token + tid() < g.tokens ? ldg(g.row_scale + token + tid()) : 0.0f);
-  if (tid() == 0) {
-    for (int s = 0; s < T::kStages; s++) {
-      mbarrier_init(ring.full(s), 1);  // arrival of the producer; the copies count bytes
-      mbarrier_init(ring.empty(s), T::kWarps * T::kCluster);
-    }
-    fence_mbarrier_init();
+DTQ_DEV void init_ring(const Ring<T>& ring) {
+  if (tid()) return;
+  for (int s = 0; s < T::kStages; s++) {
+    mbarrier_init(ring.full(s), 1);  // arrival of the producer; the copies count bytes
+    mbarrier_init(ring.empty(s), T::kWarps * T::kCluster);
   }
+  fence_mbarrier_init();
+}
+
+DTQ_DEV float row_scale_of(const Gemm& g, int token) {
+  return token < g.tokens ? ld_global(g.row_scale + token) : 0.0f;
+}
+
+template <class T>
+DTQ_DEV void start_ring() {
   sync_threads();
   if (T::kCluster > 1) sync_cluster();  // copies of the other block signal these barriers, too
 }
 
+// Where a cluster's tile is: the first token, and the first row of this block.
+struct TilePlace {
+  int token, row;
+};
+
 template <class T>
-DTQ_DEV void produce(const WgmmaArgs& a, const Ring<T>& ring, int rank, int token, int row,
-                     int steps) {
+DTQ_DEV TilePlace place_of(const TileCoord& tile, int rank) {
+  return {tile.m * T::kTokens, (tile.n * T::kCluster + rank) * T::kRows};
+}
+
+// Fills the ring with a tile, from `slot` on.
+template <class T, class Maps>
+DTQ_DEV void produce(const Maps& a, const Ring<T>& ring, int rank, const TilePlace& place, int steps,
+                     Slot& slot) {
   constexpr int kHalf = T::kTokens / T::kCluster;
   const unsigned all = T::kCluster > 1 ? (1u << T::kCluster) - 1 : 0;
-  Slot slot;
   for (int s = 0; s < steps; s++) {
     if (slot.round) mbarrier_wait(ring.empty(slot.stage), (slot.round - 1) & 1);
     mbarrier_arrive_expect(ring.full(slot.stage), T::kStage);
     load_box(ring.x(slot.stage) + rank * kHalf * T::kDepth, a.x, ring.full(slot.stage),
-             s * T::kDepth, token + rank * kHalf, all);
-    load_box(ring.w(slot.stage), a.w, ring.full(slot.stage), s * T::kRowW, row);
+             s * T::kDepth, place.token + rank * kHalf, all);
+    load_box(ring.w(slot.stage), a.w, ring.full(slot.stage), s * T::kRowW, place.row);
     advance<T>(slot);
   }
-  // A block must not end while the other one may signal its barriers: wait for all releases.
+}
+
+// A block must not end while the other one may signal its barriers: wait for all releases.
+template <class T>
+DTQ_DEV void drain_ring(const Ring<T>& ring, Slot& slot) {
   for (int s = 0; s < T::kStages; s++) {
     if (slot.round) mbarrier_wait(ring.empty(slot.stage), (slot.round - 1) & 1);
     advance<T>(slot);
@@ -131,8 +159,9 @@ DTQ_DEV void expand_stage(const GemmArgs& p, const unsigned char* w, int row, in
 }
 
 template <class T>
-DTQ_DEV void multiply_int8(const Ring<T>& ring, int group, int steps, int32_t (&sums)[T::kSums]) {
-  Slot slot, last;
+DTQ_DEV void multiply_int8(const Ring<T>& ring, int group, int steps, Slot& slot,
+                           int32_t (&sums)[T::kSums]) {
+  Slot last;
   for (int s = 0; s < steps; s++) {
     mbarrier_wait(ring.full(slot.stage), slot.round & 1);
     const uint64_t w = swizzled_rows(ring.w(slot.stage) + group * 64 * T::kRowW);
@@ -151,10 +180,10 @@ DTQ_DEV void multiply_int8(const Ring<T>& ring, int group, int steps, int32_t (&
 }
 
 template <class T>
-DTQ_DEV void multiply_4bit(const GemmArgs& p, const Ring<T>& ring, int row, int n, int steps,
+DTQ_DEV void multiply_4bit(const GemmArgs& p, const Ring<T>& ring, int row, int n, int steps, Slot& slot,
                            int32_t (&sums)[T::kSums]) {
   uint32_t a[2][4][4];  // double buffer: the tensor cores read one while the other is filled
-  Slot slot, last, next;
+  Slot last, next = slot;
   auto fill = [&](int s, uint32_t(&to)[4][4]) {
     mbarrier_wait(ring.full(next.stage), next.round & 1);
     expand_stage<T>(p, ring.w(next.stage), row, n, s, to);
@@ -181,28 +210,41 @@ DTQ_DEV void multiply_4bit(const GemmArgs& p, const Ring<T>& ring, int row, int 
   release<T>(ring, last.stage);
 }
 
+// The product of a tile, by a consumer, whose first row in the tile is `in_tile`.
+template <class T>
+DTQ_DEV void multiply_tile(const GemmArgs& p, const Ring<T>& ring, int in_tile, const TilePlace& place,
+                           int steps, Slot& slot, int32_t (&sums)[T::kSums]) {
+  if constexpr (T::Source::kBits == 8) multiply_int8<T>(ring, in_tile / 64, steps, slot, sums);
+  else multiply_4bit<T>(p, ring, in_tile, place.row + in_tile, steps, slot, sums);
+}
+
 template <class T, Finish finish>
 DTQ_DEV void wgmma_body(const WgmmaArgs& a, unsigned char* shared) {
   const Gemm& g = a.p.g;
   const Ring<T> ring = {shared};
   const int rank = T::kCluster > 1 ? cluster_rank() : 0;
-  const TileCoord tile = tile_coord(block_x() / T::kCluster, int(ceil_div(g.tokens, T::kTokens)),
-                                    int(ceil_div(g.rows, T::kRows * T::kCluster)));
-  const int token = tile.m * T::kTokens, row = (tile.n * T::kCluster + rank) * T::kRows;
+  const TilePlace place =
+      place_of<T>(tile_coord(block_x() / T::kCluster, tiles_m<T>(g), tiles_n<T>(g)), rank);
   const int steps = int(ceil_div(g.columns, T::kDepth));
-  start_ring<T>(ring, g, token);
+  init_ring<T>(ring);
+  wait_for_previous_kernel();
+  if (tid() < T::kTokens) sts(shared + T::kRowScales + tid() * 4, row_scale_of(g, place.token + tid()));
+  start_ring<T>();
+  Slot slot;
   if (warp() < 4) {
     fewer_registers<40>();
-    if (tid() == 0) produce<T>(a, ring, rank, token, row, steps);
+    if (tid() == 0) {
+      produce<T>(a, ring, rank, place, steps, slot);
+      drain_ring<T>(ring, slot);
+    }
   } else {
     more_registers<232>();
     const int group = warp() / 4 - 1, in_tile = (warp() - 4) * 16 + lane() / 4;
-    const Consumer consumer = {group, tid() % 128, token, row + group * 64};
-    const RowPair rows = load_row_pair(g, row + in_tile);  // here, so that the loop hides the latency
+    const Consumer consumer = {group, tid() % 128, place.token, place.row + group * 64};
+    const StoredRowPair rows(g, place.row + in_tile);  // here, so that the loop hides the latency
     int32_t sums[T::kSums];
-    if constexpr (T::Source::kBits == 8) multiply_int8<T>(ring, group, steps, sums);
-    else multiply_4bit<T>(a.p, ring, in_tile, row + in_tile, steps, sums);
-    finish_tile<T, finish>(g, consumer, shared, rows, sums);
+    multiply_tile<T>(a.p, ring, in_tile, place, steps, slot, sums);
+    finish_tile<T, finish>(g, consumer, shared, rows.decode(g), sums);
   }
 }
 
@@ -218,19 +260,26 @@ DTQ_KERNEL void DTQ_BOUNDS(T::kThreads, 1) gemm_wgmma(const DTQ_CONSTANT WgmmaAr
 #endif
 }
 
+// The tensor maps of both operands.
+template <class T, class Maps>
+int encode_operands(Maps& a, const Gemm& g) {
+  const int status = encode_rows(&a.x, g.x_q, g.tokens, g.columns, T::kTokens / T::kCluster, T::kDepth);
+  if (status != kOk) return status;
+  const int64_t bytes = g.columns * T::Source::kBits / 8;
+  return encode_rows(&a.w, g.weight, g.rows, bytes, T::kRows, T::kRowW);
+}
+
 template <class T>
 int run_wgmma(const GemmArgs& p, Stream stream) {
   WgmmaArgs a = {{}, {}, p};
   const Gemm& g = p.g;
-  int status = encode_rows(&a.x, g.x_q, g.tokens, g.columns, T::kTokens / T::kCluster, T::kDepth);
+  const int status = encode_operands<T>(a, g);
   if (status != kOk) return status;
-  const int64_t bytes = g.columns * T::Source::kBits / 8;
-  status = encode_rows(&a.w, g.weight, g.rows, bytes, T::kRows, T::kRowW);
-  if (status != kOk) return status;
-  const int64_t blocks = ceil_div(g.tokens, T::kTokens) *
-                         ceil_div(ceil_div(g.rows, T::kRows), T::kCluster) * T::kCluster;
-  const Shape shape = {{unsigned(blocks)}, T::kThreads, T::kShared, T::kCluster};
-  switch (finish_of(g)) {
+  const Finish finish = finish_of(g);
+  const int blocks = tiles_m<T>(g) * tiles_n<T>(g) * T::kCluster;
+  const Shape shape = {{unsigned(blocks)}, T::kThreads, T::kShared, T::kCluster,
+                       finish != kGeneral && starts_early(g)};
+  switch (finish) {
     case kPlain: return launch(gemm_wgmma<T, kPlain>, shape, stream, a);
     case kFused: return launch(gemm_wgmma<T, kFused>, shape, stream, a);
     default: return launch(gemm_wgmma<T, kGeneral>, shape, stream, a);

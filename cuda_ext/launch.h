@@ -50,6 +50,7 @@ struct Gemm {
 
   int arch;  // compute capability: 80, 86, 89, 90, 100, 120
   int sms;   // multiprocessors of the device
+  int options;  // of Options
 };
 
 }  // namespace dtq

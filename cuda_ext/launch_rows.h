@@ -77,6 +77,7 @@ struct Rows {
   int64_t width;         // columns written, at least K; from K on they are 0. 0 means K
   float* scale;          // (M); not for kFloat and kFakeQuantized
   int32_t* sums;         // (M), kInt8: the sum of the quantized values of each row; or null
+  bool next_may_start;   // kDependentLaunch
 };
 
 int launch_rows(const Rows& rows, Stream stream);

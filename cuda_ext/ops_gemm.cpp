@@ -48,6 +48,7 @@ dtq::Gemm gemm_operands(const Tensor& x_q, const Tensor& row_scale, const Tensor
   g.out_type = float_type(type);
   g.arch = arch_of(x_q);
   g.sms = multiprocessors(x_q);
+  g.options = options.load(std::memory_order_relaxed);
   return g;
 }
 
@@ -260,6 +261,9 @@ STABLE_TORCH_LIBRARY_IMPL(DTQ_NAMESPACE, DTQ_KEY, m) {
   m.impl("w4a8_epilogue_linear", TORCH_BOX(&w4a8_epilogue_linear));
 }
 
+// Sets Options of all later launches, for tests and measurements, and returns those before.
+DTQ_EXPORT int dtq_cuda_options(int chosen) { return options.exchange(chosen); }
+
 // The name of the kernel for a GEMM of these sizes, or why there is none: for messages, tests and the
 // benchmark. The weights are int8 with group 0, NVFP4 with -16, MXFP4 with -32, else 4-bit integers in groups.
 // The text is valid until the next call.
@@ -276,6 +280,7 @@ DTQ_EXPORT const char* dtq_cuda_gemm(int arch, int sms, int64_t m, int64_t n, in
   g.out_type = g.bias_type = dtq::kBFloat16;
   g.arch = arch;
   g.sms = sms;
+  g.options = options.load(std::memory_order_relaxed);
   const char* refusal = dtq_gemm_refusal(&g);
   return refusal ? refusal : dtq_gemm_kernel(&g);
 }

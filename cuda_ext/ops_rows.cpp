@@ -55,6 +55,7 @@ dtq::Rows row_operands(const Tensor& x, const InputTransform& transform) {
   rows.hadamard_block = block;
   rows.num_rotations = int(transform.num_rotations);
   rows.qmax = 127;
+  rows.next_may_start = options.load(std::memory_order_relaxed) & dtq::kDependentLaunch;
   rows.out_stride = rows.width = columns;
   return rows;
 }

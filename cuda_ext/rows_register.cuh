@@ -114,6 +114,7 @@ template <class K>
 DTQ_KERNEL void DTQ_BOUNDS(K::kMaxThreads, 1) rows_register_kernel(const DTQ_CONSTANT RowPlan p) {
   DTQ_SHARED(shared);
   const Rows& r = p.r;
+  if (r.next_may_start) let_next_kernel_start();
   const uint32_t row = (uint32_t)block_x();
   const int k = tid() * K::kColumns;
   const bool inside = k < (int)r.columns;

@@ -14,6 +14,7 @@ template <Prologue kPrologue>
 DTQ_KERNEL void DTQ_BOUNDS(kTiledThreads, 1) rows_tiled_kernel(const DTQ_CONSTANT RowPlan p) {
   DTQ_SHARED(shared);
   const Rows& r = p.r;
+  if (r.next_may_start) let_next_kernel_start();
   const int64_t row = block_x();
   uint32_t* words = (uint32_t*)shared + kAmaxWords;
   float* exchange = (float*)shared + kWarpWords;

@@ -48,6 +48,25 @@ DTQ_DEV void read_in_order(const uint16_t* from, uint32_t (&pairs)[kVec / 2]) {
 // The parameters of a group are loaded as they are stored, and used long after. One struct for each kind of
 // codes and stored scale; decode() has the pairs of a vector.
 
+// A scale of a group or row, and the zero point, which the weight may have for each group or for all.
+template <bool kHasZero, ScaleType kScale>
+struct Affine {
+  uint32_t scale, zero;
+  DTQ_DEV void load(const Weight& w, uint32_t at) {
+    if constexpr (kScale == kScaleBFloat16) scale = ldg((const uint16_t*)w.scale + at);
+    else scale = ldg((const uint32_t*)w.scale + at);
+    zero = kHasZero ? ldg((const uint8_t*)w.zero + at) : (uint32_t)w.offset;
+  }
+};
+
+// The pairs of a word of 4-bit codes by way of floats: `value` gets the even codes, the odd codes, and which.
+template <class Value>
+DTQ_DEV void pairs_of_floats(uint32_t word, uint32_t (&pairs)[4], Value value) {
+  const uint32_t even = word & 0x0f0f0f0f, odd = word >> 4 & 0x0f0f0f0f;
+  DTQ_UNROLL for (int i = 0; i < 4; i++)
+    pairs[i] = floats_to_bf16x2(value(even, odd, i), value(even, odd, i + 4));
+}
+
 // What all kinds of 4-bit codes have in common; Own has pairs 0 to 3 of a word.
 template <class Own>
 struct Int4 {
@@ -67,17 +86,12 @@ struct Int4 {
 
 // int4 with a bfloat16 scale for each group.
 template <bool kHasZero>
-struct Int4Bf16 : Int4<Int4Bf16<kHasZero>> {
-  uint32_t scale, zero;
-  DTQ_DEV void load(const Weight& w, uint32_t at) {
-    scale = ldg((const uint16_t*)w.scale + at);
-    zero = kHasZero ? ldg((const uint8_t*)w.zero + at) : (uint32_t)w.offset;
-  }
+struct Int4Bf16 : Int4<Int4Bf16<kHasZero>>, Affine<kHasZero, kScaleBFloat16> {
   struct Ready {
     uint32_t scale, minus_zero;
   };
   DTQ_DEV Ready ready(float) const {
-    return {pair_with(scale), zero * 0x00010001 + (kPairOf128 | 0x80008000)};  // -(128 + zero)
+    return {pair_with(this->scale), this->zero * 0x00010001 + (kPairOf128 | 0x80008000)};  // -(128 + zero)
   }
   DTQ_DEV static void decode_word(const Ready& r, uint32_t word, uint32_t (&pairs)[4]) {
     DTQ_UNROLL for (int i = 0; i < 4; i++) {
@@ -89,22 +103,15 @@ struct Int4Bf16 : Int4<Int4Bf16<kHasZero>> {
 
 // int4 with a float32 scale for each group or row.
 template <bool kHasZero>
-struct Int4Float : Int4<Int4Float<kHasZero>> {
-  uint32_t scale, zero;
-  DTQ_DEV void load(const Weight& w, uint32_t at) {
-    scale = ldg((const uint32_t*)w.scale + at);
-    zero = kHasZero ? ldg((const uint8_t*)w.zero + at) : (uint32_t)w.offset;
-  }
+struct Int4Float : Int4<Int4Float<kHasZero>>, Affine<kHasZero, kScaleFloat32> {
   struct Ready {
     float scale, base;
   };
-  DTQ_DEV Ready ready(float) const { return {bits_float(scale), biased(zero)}; }
+  DTQ_DEV Ready ready(float) const { return {bits_float(this->scale), biased(this->zero)}; }
   DTQ_DEV static void decode_word(const Ready& r, uint32_t word, uint32_t (&pairs)[4]) {
-    const uint32_t even = word & 0x0f0f0f0f, odd = word >> 4 & 0x0f0f0f0f;
-    auto value = [&](int i) {
+    pairs_of_floats(word, pairs, [&](uint32_t even, uint32_t odd, int i) {
       return fmul(code_above<0>(even, odd, 0x4b000000, i) - r.base, r.scale);
-    };
-    DTQ_UNROLL for (int i = 0; i < 4; i++) pairs[i] = floats_to_bf16x2(value(i), value(i + 4));
+    });
   }
 };
 
@@ -120,31 +127,25 @@ struct Int4TwoLevel : Int4<Int4TwoLevel> {
     return {row_scale, scale2, fmul(-bits_float(0x47000000 | (group & 15) << 8), scale2)};
   }
   DTQ_DEV static void decode_word(const Ready& r, uint32_t word, uint32_t (&pairs)[4]) {
-    const uint32_t even = word & 0x0f0f0f0f, odd = word >> 4 & 0x0f0f0f0f;
-    auto value = [&](int i) {  // (2^15 + code) * scale2 - (2^15 + zero) * scale2, exactly
+    // (2^15 + code) * scale2 - (2^15 + zero) * scale2, exactly
+    pairs_of_floats(word, pairs, [&](uint32_t even, uint32_t odd, int i) {
       return fmul(ffma(code_above<1>(even, odd, 0x47000000, i), r.scale2, r.minus_zero), r.scale);
-    };
-    DTQ_UNROLL for (int i = 0; i < 4; i++) pairs[i] = floats_to_bf16x2(value(i), value(i + 4));
+    });
   }
 };
 
 // int8 with a float32 or bfloat16 scale for each group or row, and zero points of the same range.
 template <bool kHasZero, ScaleType kScale>
-struct Int8Codes {
+struct Int8Codes : Affine<kHasZero, kScale> {
   using Vector = U4;
   static constexpr int kPrefetch = 2;
-  uint32_t scale, zero;
-  DTQ_DEV void load(const Weight& w, uint32_t at) {
-    if constexpr (kScale == kScaleBFloat16) scale = ldg((const uint16_t*)w.scale + at);
-    else scale = ldg((const uint32_t*)w.scale + at);
-    zero = kHasZero ? ldg((const uint8_t*)w.zero + at) : (uint32_t)w.offset;
-  }
   struct Ready {
     float scale, base;
   };
   DTQ_DEV Ready ready(float) const {
     // codes and zero points are biased by 128, so that they are not negative
-    return {kScale == kScaleBFloat16 ? bits_float(scale << 16) : bits_float(scale), biased(zero ^ 128)};
+    const uint32_t bits = kScale == kScaleBFloat16 ? this->scale << 16 : this->scale;
+    return {bits_float(bits), biased(this->zero ^ 128)};
   }
   DTQ_DEV static void decode(const Ready& r, const U4& words, uint32_t (&pairs)[kVec / 2]) {
     const uint32_t word[4] = {words.x ^ 0x80808080, words.y ^ 0x80808080, words.z ^ 0x80808080,

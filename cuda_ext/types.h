@@ -17,4 +17,11 @@ enum Status {
   kEmulator = -3,     // see sim::session().error
 };
 
+// What no GPU has run yet and is therefore not the default.
+enum Options {
+  kPersistentBlocks = 1,  // sm_90: a block of a GEMM computes one tile after the other
+  kDependentLaunch = 2,   // sm_90: a GEMM may start while the kernel that quantizes its rows ends
+};
+constexpr int kDefaultOptions = 0;
+
 }  // namespace dtq

@@ -23,7 +23,7 @@ SEEDS = range(8)
 
 EMULATOR = {
     "memory": "17946445d73859034541601db1bf6d2b",
-    "conditions": "8c03a4ade7f49e82ac81d4758f2254a2",
+    "conditions": "3e43b8de7242997efd200c36602097c3",
     "cp_async": "05d5d8fbaf41093526c1e76344062d5f",
     "named_barriers": "996c02dd44d7ff34038100b785f20acb",
     "shuffle": "8b3555a4b73b11c2776fe5184325921f",
@@ -44,6 +44,8 @@ EMULATOR = {
     "boxes_128": "9ebaaaf253a72d7d4dd0239eb6ce9fd2",
     "boxes_64": "c72b055993cd206bf1403ba5203b1bfd",
     "cluster": "45d9e4123125fdf10915799a9ff37997",
+    "box_stores": "3bd0ebb14fcbe78400a0b3c2f0fcedf0",
+    "dependent": "58ba4f54dd76bffbf559e00193d14c41",
     "registers": "18437c632a1d389eb3ac8e7f8bb22ecd",
 }
 

@@ -10,8 +10,9 @@ are skipped by name where it is missing, and so is everything else that a machin
 
 ``checks``: the library loads; single instructions give the bits of the emulator; the program
 ``cuda_ext/tests/test_gemm.cpp``; products of large tiles against float64 on the GPU, every kernel
-named; ops against the torch reference on random sizes; the robustness list. ``targets``: what the
-machine reaches, T1 to T12. ``sanitizer``: compute-sanitizer, only where it is asked for.
+named; ops against the torch reference on random sizes; kernels that are not the default yet; the
+robustness list. ``targets``: whether the kernels that are not the default are faster, what the machine
+reaches, T1 to T12. ``sanitizer``: compute-sanitizer, only where it is asked for.
 
 Results are in ``OUT/checks.json`` and so on, with tables next to it (``.md``). Both files are
 written anew at each result, so that a run may be killed at any moment. A check that takes too long
@@ -34,6 +35,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import gpu_checks
+import gpu_options
 import gpu_robust
 import gpu_run
 import gpu_targets
@@ -43,8 +45,8 @@ from dtq.bench.gpu_linears import conditions
 from dtq.bench.timer import clock_of
 
 COMMANDS: dict[str, Callable[[], list[Check]]] = {
-    "checks": lambda: [*gpu_checks.checks(), *gpu_robust.checks()],
-    "targets": gpu_targets.checks,
+    "checks": lambda: [*gpu_checks.checks(), *gpu_options.checks(), *gpu_robust.checks()],
+    "targets": lambda: [*gpu_options.timing_checks(), *gpu_targets.checks()],
     "sanitizer": gpu_checks.sanitizer_checks,
 }
 """The checks of each command."""

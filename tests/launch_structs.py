@@ -37,7 +37,7 @@ class Gemm(ctypes.Structure):
         ("gate_tokens", i64),
         *_named(pointer, "residual workspace"),
         ("workspace_bytes", i64),
-        *_named(i32, "arch sms"),
+        *_named(i32, "arch sms options"),
     )
 
 
@@ -74,6 +74,7 @@ class Rows(ctypes.Structure):
         ("block_scale", pointer),
         ("width", i64),
         *_named(pointer, "scale sums"),
+        ("next_may_start", flag),
     )
 
 

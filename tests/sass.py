@@ -224,10 +224,18 @@ class Machine:
     """Integer registers and predicates of one thread."""
 
     def __init__(
-        self, arch: str, params: bytes, thread: int, block: int, threads: int, align: int
+        self,
+        arch: str,
+        params: bytes,
+        *,
+        thread: int = 0,
+        block: int = 0,
+        threads: int = 0,
+        grid: int = 1,
+        align: int = 8,
     ) -> None:
         self.values: dict[str, Value] = {"RZ": 0, "URZ": 0, "PT": 1, "UPT": 1}
-        self.constants = {0: threads, 4: 1, 8: 1}
+        self.constants = {0: threads, 4: 1, 8: 1, 12: grid, 16: 1, 20: 1}
         base = -(-_PARAMETERS[arch] // align) * align
         for i in range(0, len(params) // 4 * 4, 4):
             self.constants[base + i] = int.from_bytes(params[i : i + 4], "little")
@@ -672,18 +680,21 @@ def run(
     kernel: Kernel,
     params: bytes,
     *,
-    thread: int = 0,
-    block: int = 0,
-    threads: int = 0,
-    align: int = 8,
     latencies: Mapping[str, int] | None = None,
     limit: int = 100_000,
+    **launch: int,
 ) -> Walk:
-    """Walks the warp of ``thread`` of a block of ``threads``; ``align`` is that of the parameters.
+    """Walks one warp.
 
-    ``latencies`` replaces some of :data:`LATENCIES`.
+    Args:
+        kernel: what it executes.
+        params: the parameters of the kernel.
+        latencies: replaces some of :data:`LATENCIES`.
+        limit: of the number of instructions.
+        launch: ``thread`` of a ``block`` of ``threads``, the number of blocks in the ``grid``, and how the
+            parameters are aligned (``align``).
     """
-    machine = Machine(kernel.arch, params, thread, block, threads, align)
+    machine = Machine(kernel.arch, params, **launch)
     known = {**LATENCIES, **(latencies or {})}
     order = sorted(kernel.code)
     after = dict(itertools.pairwise(order))

@@ -42,6 +42,13 @@ struct Wgmma {
   bool add;  // to the sums; else overwrites them
 };
 
+// A bulk store as issued: shared memory is read at any time before the thread has waited for it, perhaps not
+// earlier, and global memory is written at any time after that.
+struct BulkStore {
+  std::function<void()> read;
+  bool has_read = false;
+};
+
 struct Thread {
   Context context;
   bool done = false, waiting = false, polling = false;
@@ -53,6 +60,9 @@ struct Thread {
   std::vector<Wgmma> wgmma_open;
   std::deque<std::vector<Wgmma>> wgmma_groups;
   bool wgmma_fenced = false;
+  std::vector<std::shared_ptr<BulkStore>> stores_open;  // since the last commit
+  std::deque<std::vector<std::shared_ptr<BulkStore>>> store_groups;
+  bool has_waited = false;  // for the previous kernel
   std::vector<unsigned> dirty;  // 16-byte chunks that it wrote since its last proxy fence
   unsigned accesses = 0;        // to shared memory since its warp last synchronized
 };
@@ -120,6 +130,7 @@ struct Block {
   size_t bytes = 0;
   unsigned char* shared = nullptr;
   std::vector<unsigned> dirty;  // per 16-byte chunk: 1 + the thread that wrote it, or 0
+  std::vector<unsigned char> read_by_stores;  // per 16-byte chunk: how many bulk stores have yet to read it
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::map<unsigned, Barrier> barriers;
@@ -132,6 +143,9 @@ struct Block {
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::function<void()>> pending;  // bulk copies in flight
+  unsigned loads = 0, unread = 0;  // of bulk copies: not complete; stores that have yet to read shared memory
+  std::vector<std::function<void()>> writes;   // to global memory, of bulk stores that have read theirs
+  bool dependent = false;                      // launched so
   Barrier barrier;
   std::function<void()> body;
   uint64_t random = 1;
@@ -279,6 +293,7 @@ inline void entry() {
   cluster().body();
   if (!self->open.empty() || !self->wgmma_open.empty() || !self->wgmma_groups.empty())
     fail("thread ended with uncommitted copies or wgmma in flight");
+  if (!self->stores_open.empty()) fail("thread ended with uncommitted bulk stores");
   self->done = true;
   block().alive--;
   yield();
@@ -297,6 +312,7 @@ inline std::unique_ptr<Block> new_block(Cluster& c, Dim grid, Dim index, unsigne
   b.shared = static_cast<unsigned char*>(memory);
   for (size_t i = 0; i < shared; i++) b.shared[i] = (unsigned char)draw(c);  // random, not zeros
   b.dirty.assign(shared / 16 + 1, 0);
+  b.read_by_stores.assign(shared / 16 + 1, 0);
   b.threads.resize(threads);
   b.warps.resize((threads + 31) / 32);
   for (unsigned i = 0; i < threads; i++) {
@@ -367,7 +383,9 @@ inline void run(Cluster& c) {
     if (idle > 64 && !c.pending.empty()) complete_one(c), idle = 0;
     if (idle > 64) c.error = "deadlock: all threads wait, and no copy is pending";
   }
-  if (c.error.empty() && !c.pending.empty()) c.error = "block ended with bulk copies in flight";
+  if (c.error.empty() && c.unread) c.error = "block ended before a bulk store had read shared memory";
+  if (c.error.empty() && c.loads) c.error = "block ended with bulk copies in flight";
+  for (auto& write : c.writes) write();
 }
 
 struct Outcome {
@@ -380,6 +398,7 @@ struct Shape {
   unsigned threads = 32;
   size_t shared = 0;
   unsigned cluster = 1;  // blocks along x
+  bool dependent = false;  // programmatic dependent launch
 };
 
 // Every block of the grid, cluster by cluster.
@@ -394,6 +413,7 @@ inline Outcome launch(const Shape& s, uint64_t seed, const std::function<void()>
       for (unsigned x = 0; x < s.grid.x && out.error.empty(); x += s.cluster) {
         Cluster c;
         c.body = body;
+        c.dependent = s.dependent;
         c.random = (seed + 1) * 0x9E3779B97F4A7C15ull + x * 7919u + y * 104729u + z * 1299709u;
         c.random |= 1;
         for (unsigned i = 0; i < s.cluster; i++)

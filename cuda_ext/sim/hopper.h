@@ -110,6 +110,7 @@ inline unsigned swizzled(unsigned offset, int width = 128) {
 inline void complete_box(Block& b, const TensorMap& map, unsigned to, unsigned bar, int column,
                      int row) {
   Cluster& c = *b.cluster;
+  c.loads--;
   if (!b.alive) c.error = "bulk copy into a block that has ended";
   for (int r = 0; r < map.box_rows; r++)
     for (int i = 0; i < map.box_bytes; i++) {
@@ -118,6 +119,7 @@ inline void complete_box(Block& b, const TensorMap& map, unsigned to, unsigned b
       const unsigned at = swizzled(to + unsigned(r * map.box_bytes + i), map.box_bytes);
       if (b.dirty[at / 16])
         c.error = "bulk copy over what the generic proxy wrote, without fence.proxy.async";
+      if (b.read_by_stores[at / 16]) c.error = "bulk copy over what a bulk store has yet to read";
       b.shared[at] = inside ? map.base[y * map.pitch + x] : 0;
     }
   Mbarrier& m = b.mbarriers[bar];
@@ -138,6 +140,7 @@ inline void load_box(void* to, const TensorMap& map, uint64_t* bar, int column, 
   const unsigned offset = offset_of(to, size_t(bytes), "bulk copy");
   if (map.box_bytes != 128 && map.box_bytes != 64) fail("bulk copy: a box is 64 or 128 bytes wide");
   if (map.box_rows > 256) fail("bulk copy: a box has at most 256 rows");
+  check_dependency("bulk copy");
   if (!mbarrier_at(block(), bar, "bulk copy").visible)
     fail("bulk copy: mbarrier initialised without fence");
   const unsigned at = offset_of(bar, 8, "bulk copy");
@@ -146,9 +149,66 @@ inline void load_box(void* to, const TensorMap& map, uint64_t* bar, int column, 
     if (mask >> b->rank & 1) {
       if (!b->mbarriers.count(at)) fail("bulk copy: a block has no mbarrier there");
       stats().bulk_copies++;
+      cluster().loads++;
       Block* target = b.get();
       cluster().pending.push_back([=] { complete_box(*target, map, offset, at, column, row); });
     }
+}
+
+namespace sim {
+
+// The box as it is in shared memory now, and later in global memory.
+inline void read_box(BulkStore& store, Block& b, const TensorMap& map, unsigned from, int column, int row) {
+  if (store.has_read) return;
+  store.has_read = true;
+  Cluster& c = *b.cluster;
+  c.unread--;
+  std::vector<unsigned char> box(size_t(map.box_rows) * map.box_bytes);
+  for (unsigned i = 0; i < box.size(); i++) box[i] = b.shared[swizzled(from + i, map.box_bytes)];
+  for (unsigned at = from / 16; at < (from + box.size()) / 16; at++) b.read_by_stores[at]--;
+  c.writes.push_back([=] {
+    for (int r = 0; r < map.box_rows; r++)
+      for (int i = 0; i < map.box_bytes; i++) {
+        const int64_t x = int64_t(column) + i, y = int64_t(row) + r;
+        if (x >= 0 && x < map.row_bytes && y >= 0 && y < map.rows)
+          const_cast<unsigned char*>(map.base)[y * map.pitch + x] = box[size_t(r) * map.box_bytes + i];
+      }
+  });
+}
+
+}  // namespace sim
+
+// Copies a box of shared memory, swizzled, to (column byte, row) of the tensor.
+inline void store_box(const TensorMap& map, const void* from, int column, int row) {
+  using namespace sim;
+  const size_t bytes = size_t(map.box_rows) * map.box_bytes;
+  check_aligned(from, 1024, "bulk store");
+  check_dependency("bulk store");
+  const unsigned offset = offset_of(from, bytes, "bulk store");
+  for (unsigned c = offset / 16; c < (offset + bytes) / 16; c++) {
+    if (block().dirty[c])
+      fail("bulk store of what the generic proxy wrote, without fence.proxy.async");
+    block().read_by_stores[c]++;
+  }
+  stats().bulk_copies++;
+  auto store = std::make_shared<BulkStore>();
+  Block* b = &block();
+  store->read = [=, s = store.get()] { read_box(*s, *b, map, offset, column, row); };
+  self->stores_open.push_back(store);
+  cluster().unread++;
+  if (coin()) cluster().pending.push_back([store] { store->read(); });
+}
+inline void bulk_commit() {
+  sim::self->store_groups.push_back(std::move(sim::self->stores_open));
+  sim::self->stores_open.clear();
+}
+template <int rest>
+inline void bulk_wait_read() {
+  auto& groups = sim::self->store_groups;
+  while (int(groups.size()) > rest) {
+    for (auto& store : groups.front()) store->read();
+    groups.pop_front();
+  }
 }
 
 // ---------------------------------------------------------------------------- wgmma

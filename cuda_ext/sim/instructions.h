@@ -46,8 +46,15 @@ inline void check_aligned(const void* p, size_t bytes, const char* what) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail(std::string(what) + ": misaligned address");
 }
 
+// In a kernel that may start before the previous one has ended.
+inline void check_dependency(const char* what) {
+  if (cluster().dependent && !self->has_waited)
+    fail(std::string(what) + ": global memory before the wait for the previous kernel");
+}
+
 inline void mark_dirty(unsigned offset, size_t bytes) {
   for (unsigned c = offset / 16; c <= (offset + bytes - 1) / 16; c++) {
+    if (block().read_by_stores[c]) fail("shared memory written that a bulk store has yet to read");
     block().dirty[c] = self->index + 1;
     self->dirty.push_back(c);
   }
@@ -65,6 +72,7 @@ inline void copy_async(void* to, const void* from, unsigned valid, unsigned size
   if (valid > size) fail("cp.async: source size");
   offset_of(to, size, "cp.async");
   note_access(to, size);
+  check_dependency("cp.async");
   stats().copies++;
   const Copy copy = {static_cast<unsigned char*>(to), from, valid, size};
   if (coin()) complete(copy);
@@ -76,12 +84,15 @@ inline void copy_async(void* to, const void* from, unsigned valid, unsigned size
 template <class T>
 inline T ldg(const T* p) {
   sim::check_aligned(p, sizeof(T), "ld.global");
+  sim::check_dependency("ld.global");
   return *p;
 }
+inline float ld_global(const float* p) { return ldg(p); }
 
 template <class T>
 inline void stg(T* p, T value) {
   sim::check_aligned(p, sizeof(T), "st.global");
+  sim::check_dependency("st.global");
   *p = value;
 }
 
@@ -91,7 +102,7 @@ inline void stg_if(bool condition, uint32_t* p, uint32_t v) {
 inline void stg_if(bool condition, U4* p, const U4& v) {
   if (condition) stg(p, v);
 }
-inline U4 ldg_if(bool condition, const U4* p) { return condition ? ldg(p) : U4{0, 0, 0, 0}; }
+inline U4 ld_global_if(bool condition, const U4* p) { return condition ? ldg(p) : U4{0, 0, 0, 0}; }
 
 template <class T>
 inline T lds(const void* p) {
@@ -177,6 +188,10 @@ inline uint32_t max_of_warp(uint32_t value) {
   for (int lanes = 16; lanes; lanes /= 2) value = std::max(value, shfl_xor(value, lanes));
   return value;
 }
+
+// The kernels of a stream run one after the other here, so only the order in this kernel is checked.
+inline void wait_for_previous_kernel() { sim::self->has_waited = true; }
+inline void let_next_kernel_start() {}
 
 // ---------------------------------------------------------------------------- fragments
 

@@ -55,6 +55,7 @@ DTQ_PTX_BITS(or_, a | b)
 DTQ_PTX_BITS(xor_, a ^ b)
 DTQ_PTX1(not__pred, bool, bool, !a)
 DTQ_PTX1(not__b32, uint32_t, uint32_t, ~a)
+DTQ_PTX1(not__b64, uint64_t, uint64_t, ~a)
 DTQ_PTX1(neg_s32, uint32_t, uint32_t, -a)
 DTQ_PTX2(mul_wide_s32, uint64_t, uint32_t, int64_t(int32_t(a)) * int32_t(b))
 DTQ_PTX2(mul_wide_u32, uint64_t, uint32_t, uint64_t(a) * b)
@@ -169,7 +170,8 @@ inline void ld_global_nc_v4_u32(uint32_t& d, uint32_t& e, uint32_t& f, uint32_t&
 inline void st_global_u32(uint64_t p, uint32_t a) { stg(pointer<uint32_t>(p), a); }
 inline void st_global_f32(uint64_t p, uint32_t a) { stg(pointer<uint32_t>(p), a); }
 
-inline void ld_global_nc_v4_b32(uint32_t& d, uint32_t& e, uint32_t& f, uint32_t& g, uint64_t p) {
+inline void ld_global_f32(uint32_t& d, uint64_t p) { d = float_bits(ld_global(pointer<float>(p))); }
+inline void ld_global_v4_b32(uint32_t& d, uint32_t& e, uint32_t& f, uint32_t& g, uint64_t p) {
   ld_global_nc_v4_u32(d, e, f, g, p);
 }
 inline void st_global_b32(uint64_t p, uint32_t a) { stg(pointer<uint32_t>(p), a); }
@@ -318,6 +320,19 @@ inline void setmaxnreg_dec_sync_aligned_u32(unsigned count) {
 }
 
 inline void fence_proxy_async_shared_cta() { fence_proxy_async(); }
+
+inline void griddepcontrol_wait() { wait_for_previous_kernel(); }
+inline void griddepcontrol_launch_dependents() { let_next_kernel_start(); }
+
+inline void cp_async_bulk_tensor_2d_global_shared_cta_bulk_group(uint64_t map, uint32_t column,
+                                                                 uint32_t row, uint32_t from) {
+  store_box(*pointer<TensorMap>(map), at(from), int(column), int(row));
+}
+inline void cp_async_bulk_commit_group() { bulk_commit(); }
+inline void cp_async_bulk_wait_group_read(int rest) {
+  if (rest > 1) sim::fail("cp.async.bulk.wait_group: not translated");
+  rest ? bulk_wait_read<1>() : bulk_wait_read<0>();
+}
 
 inline void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes(
     uint32_t to, uint64_t map, uint32_t column, uint32_t row, uint32_t bar) {

@@ -63,11 +63,12 @@ DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_memory(const DTQ_CONSTANT Golden p) {
   DTQ_UNROLL for (int i = 0; i < 10; i++) put(p, lane() * 10 + i, found[i]);
 }
 
-// 16 bytes a lane under two conditions, and 4 under one. In: 4 words a lane, then 3 of the conditions.
+// 16 bytes a lane under two conditions, 4 under one, and 4 under none. In: 4 words a lane, then 3 of the conditions.
 DTQ_KERNEL void DTQ_BOUNDS(32, 1) golden_conditions(const DTQ_CONSTANT Golden p) {
-  const U4 v = ldg_if(word(p, 128 + lane()) & 1, reinterpret_cast<const U4*>(p.in) + lane());
+  const U4 v = ld_global_if(word(p, 128 + lane()) & 1, reinterpret_cast<const U4*>(p.in) + lane());
   stg_if(word(p, 160 + lane()) & 1, reinterpret_cast<U4*>(p.out) + lane(), v);
   stg_if(word(p, 192 + lane()) & 1, p.out + 128 + lane(), word(p, lane()));
+  put(p, 160 + lane(), float_bits(ld_global(reinterpret_cast<const float*>(p.in) + (31 - lane()))));
 }
 
 // Copies of 16 bytes of which 0 to 16 are read, and of 4, in two groups. In: 512 words; out: 288.
@@ -382,6 +383,49 @@ DTQ_KERNEL void DTQ_BOUNDS(128, 1) golden_cluster(const DTQ_CONSTANT Golden p) {
 #endif
 }
 
+// Boxes of 32 rows are stored to the tensor `out`, kMapRows x kMapBytes bytes: inside it, then over its last row and
+// over its last column from the same shared memory, as soon as that has been read. In: the words of two boxes.
+DTQ_KERNEL void DTQ_BOUNDS(128, 1) golden_box_stores(const DTQ_CONSTANT Golden p) {
+#if defined(DTQ_HAS_WGMMA)
+  DTQ_SHARED(shared);
+  constexpr int kWords = 32 * 128 / 4;
+  auto fill_boxes = [&](int count, uint32_t add) {
+    DTQ_ROLLED for (int i = tid(); i < count * kWords; i += 128) sts(shared + i * 4, word(p, i) + add);
+    fence_proxy_async();
+    sync_threads();
+  };
+  unsigned char* const second = shared + kWords * 4;
+  fill_boxes(2, 0);
+  if (tid() == 0) {
+    store_box(p.map, shared, 16, 8);
+    bulk_commit();
+    store_box(p.map, second, 0, kMapRows - 5);
+    bulk_commit();
+    bulk_wait_read<1>();
+  }
+  sync_threads();
+  fill_boxes(1, 1);
+  if (tid() == 0) {
+    store_box(p.map, shared, kMapBytes - 16, 48);
+    bulk_commit();
+    bulk_wait_read<0>();
+  }
+#endif
+}
+
+// The first kernel lets the next one start before it writes. In and out: a word a thread, of blocks of 64.
+DTQ_KERNEL void DTQ_BOUNDS(64, 1) golden_previous(const DTQ_CONSTANT Golden p) {
+  let_next_kernel_start();
+  uint32_t value = word(p, block_x() * 64 + tid());
+  DTQ_ROLLED for (int i = 0; i < 1000; i++) value = value * 3 + 1;
+  put(p, block_x() * 64 + tid(), value);
+}
+DTQ_KERNEL void DTQ_BOUNDS(64, 1) golden_dependent(const DTQ_CONSTANT Golden p) {
+  wait_for_previous_kernel();
+  const int i = block_x() * 64 + tid();
+  put(p, i, float_bits(ld_global(reinterpret_cast<const float*>(p.out) + i)) + 5);
+}
+
 // Of three warpgroups the first gives registers to the others. In and out: a word a thread.
 DTQ_KERNEL void DTQ_BOUNDS(384, 1) golden_registers(const DTQ_CONSTANT Golden p) {
 #if defined(DTQ_HAS_WGMMA)
@@ -407,6 +451,8 @@ struct Entry {
   int major, words_in, words_out;  // of `in` and of `out`
   Shape shape;
   int box_bytes;  // of the tensor map
+  bool is_of_out = false;             // the tensor of the map; else `in`
+  void (*previous)(Golden) = nullptr;  // is started first, with as many blocks
 };
 
 constexpr int kMapWords = kMapRows * kMapBytes / 4;
@@ -414,7 +460,7 @@ constexpr int kMapWords = kMapRows * kMapBytes / 4;
 // Grid, threads, bytes of shared memory, blocks of a cluster.
 const Entry kEntries[] = {
     {"memory", golden_memory, 0, 1024, 320, {{1}, 32, 1024}, 0},
-    {"conditions", golden_conditions, 0, 224, 160, {{1}, 32}, 0},
+    {"conditions", golden_conditions, 0, 224, 192, {{1}, 32}, 0},
     {"cp_async", golden_cp_async, 0, 512, 288, {{1}, 32, 1152}, 0},
     {"named_barriers", golden_named_barriers, 0, 128, 128, {{1}, 128, 512}, 0},
     {"shuffle", golden_shuffle, 0, 64, 192, {{1}, 32}, 0},
@@ -435,6 +481,8 @@ const Entry kEntries[] = {
     {"boxes_128", golden_boxes_128, 9, kMapWords, 3072, {{1}, 128, 12288 + 80}, 128},
     {"boxes_64", golden_boxes_64, 9, kMapWords, 1536, {{1}, 128, 6144 + 80}, 64},
     {"cluster", golden_cluster, 9, kMapWords, 4096, {{2}, 128, 8192 + 80, 2}, 128},
+    {"box_stores", golden_box_stores, 9, 2048, kMapWords, {{1}, 128, 8192}, 128, true},
+    {"dependent", golden_dependent, 9, 8192, 8192, {{128}, 64, 0, 1, true}, 0, false, golden_previous},
     {"registers", golden_registers, 9, 384, 384, {{1}, 384}, 0},
 };
 
@@ -455,7 +503,11 @@ GOLDEN_EXPORT int golden_size(int i, int which) {
 inline int run(const Entry& e, const void* in, void* out, Stream stream) {
   Golden p = {static_cast<const uint32_t*>(in), static_cast<uint32_t*>(out), {}};
   if (e.box_bytes) {
-    const int status = encode_rows(&p.map, in, kMapRows, kMapBytes, 32, e.box_bytes);
+    const int status = encode_rows(&p.map, e.is_of_out ? out : in, kMapRows, kMapBytes, 32, e.box_bytes);
+    if (status != kOk) return status;
+  }
+  if (e.previous) {
+    const int status = launch(e.previous, {e.shape.grid, e.shape.threads}, stream, p);
     if (status != kOk) return status;
   }
   return launch(e.kernel, e.shape, stream, p);

@@ -45,6 +45,7 @@ struct Case {
   bool bias;
   int epilogue;  // 1 GELU + 2 gate and residual + 4 low-rank branch + 8 all tokens of one image
   const char* kernel;
+  int options = 0;  // with them there are few multiprocessors, so that a block computes several tiles
 };
 
 uint32_t bits_at(const void* p, int64_t i, Float type) {
@@ -149,7 +150,7 @@ void run_case(const Case& c, uint64_t seed) {
   g.gelu = c.epilogue & 1;
   if (c.epilogue & 2) g.gate = gate.data, g.gate_tokens = gate_tokens, g.residual = residual.data;
   if (c.epilogue & 4) g.down = down.data, g.up = up.data, g.rank = rank, g.lowrank_type = lowrank;
-  g.arch = c.arch, g.sms = 16;
+  g.arch = c.arch, g.sms = c.options & kPersistentBlocks ? 4 : 16, g.options = c.options;
   Buffer<uint8_t> workspace(dtq_gemm_workspace(&g));
   g.workspace = workspace.data, g.workspace_bytes = workspace.size;
 
@@ -374,6 +375,15 @@ const Case kCases[] = {
     {kTwoLevel, 257, 392, 192, 64, 90, kFloat16, true, 3, "wgmma"},
     {kInt8, 100, 1032, 288, 0, 90, kBFloat16, true, 11, "wgmma 128x128"},
     {kInt8, 127, 1032, 160, 0, 90, kBFloat16, true, 0, "wgmma 128x128"},
+    // persistent blocks: several tiles of a cluster, in two bands; more steps than stages, and fewer; tails
+    {kInt8, 700, 392, 640, 0, 90, kBFloat16, true, 0, "wgmma 256x128, persistent", 1},
+    {kInt8, 2300, 264, 96, 0, 90, kFloat16, false, 1, "wgmma 256x128, persistent", 3},
+    {kTwoLevel, 520, 392, 192, 32, 90, kFloat16, true, 0, "wgmma 256x128, persistent", 1},
+    {kTwoLevel, 700, 392, 704, 64, 90, kBFloat16, true, 1, "wgmma 256x128, persistent", 3},
+    {kTable, 600, 264, 320, 64, 90, kBFloat16, true, 0, "wgmma 256x128, persistent", 1},
+    // programmatic dependent launch
+    {kInt8, 300, 264, 128, 0, 90, kBFloat16, true, 0, "wgmma", 2},
+    {kTwoLevel, 300, 264, 128, 64, 90, kFloat16, true, 11, "wgmma", 2},
     // epilogues
     {kInt8, 70, 66, 128, 0, 80, kBFloat16, true, 1, "64x64"},
     {kInt8, 40, 33, 256, 0, 80, kBFloat16, true, 2, "64x64"},

@@ -15,7 +15,6 @@ import agreement
 import golden
 import gpu
 import gpu_checks
-import gpu_robust
 import gpu_run
 import gpu_targets
 import products
@@ -45,7 +44,7 @@ def session(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", [*gpu_checks.checks(), *gpu_robust.checks()], ids=lambda c: c.key)
+@pytest.mark.parametrize("check", gpu.COMMANDS["checks"](), ids=lambda c: c.key)
 def test_the_checks_of_the_script(session, check):
     try:
         check.run(session)

@@ -14,7 +14,10 @@ import sass
 SOURCES = Path(__file__).parent.parent.parent / "cuda_ext"
 ARCHS = ("80", "89", "90a", "100", "120f")
 IMMA = "IMMA.16832.S8.S8"
-HOPPER = ("IGMMA.64x256x32.S8.S8", "IGMMA.64x128x32.S8.S8", "UTMALDG.2D.MULTICAST")
+HOPPER = (
+    "IGMMA.64x256x32.S8.S8", "IGMMA.64x128x32.S8.S8", "UTMALDG.2D.MULTICAST", "UTMASTG.2D",
+    "ACQBULK",  # griddepcontrol.wait
+)  # fmt: skip
 GEMM = dict.fromkeys(ARCHS, (IMMA,)) | {"90a": (IMMA, *HOPPER)}
 HMMA = dict.fromkeys(ARCHS, ("HMMA.16816.F32.BF16", "HMMA.16816.F32 "))
 WANTED = {
@@ -23,6 +26,7 @@ WANTED = {
     "gemm_table.cu": GEMM,
     "gemm_fp4.cu": {"120f": ("OMMA.SF.16864.F32.E2M1.E2M1",)},
     "weights.cu": HMMA,
+    "rows.cu": {"90a": ("PREEXIT",)},  # griddepcontrol.launch_dependents
 }
 """Instructions that the machine code of a file must contain; other files may have any."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import agreement
 import emulated
+import gpu_options
 import products
 import pytest
 import torch
@@ -313,6 +314,21 @@ def test_the_library_names_the_kernel_of_a_product():
     assert ask(90, 132, 4096, 3072, 3072, 128).startswith(b"wgmma")
     assert ask(80, 108, 4096, 3072, 3072, 0).startswith(b"mma")
     assert b"8.0" in ask(75, 40, 4096, 3072, 3072, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["w8a8", "w4a8"])
+def test_kernels_that_are_not_the_default_give_its_bits(name):
+    """Through the binding, as ``make gpu`` chooses them; each cluster of 8 multiprocessors has tiles."""
+    library, m, k, n = emulated.library(), 520, 128, 520
+    library.dtq_sim_arch(90)
+    chain = gpu_options.chains(torch.device("cpu"), k, n, sim)[name]
+    both = gpu_options.PERSISTENT | gpu_options.DEPENDENT
+    with gpu_options.options(library, both):
+        used = library.dtq_cuda_gemm(90, 8, m, n, k, 0 if name == "w8a8" else 64)
+    assert used.decode() == gpu_options.NAME
+    assert library.dtq_cuda_gemm(90, 8, m, n, k, 0) == b"wgmma 256x128"
+    assert gpu_options.wrong_inputs(library, torch.device("cpu"), chain, m, k, both, 1) == 0
 
 
 # ------------------------------------------------------------------------------------- building

@@ -55,11 +55,11 @@ GATE = {"gate": POINTER, "residual": POINTER, "gate_tokens": 4096}
 PLAIN, FUSED = 0, 1  # dtq::Finish
 
 
-def hopper(kernels, source, tokens, finish, **changes):
-    """A warp of the first consumer warpgroup of the wgmma kernel."""
+def hopper(kernels, source, tokens, finish, thread=128, **changes):
+    """A warp of the wgmma kernel; thread 128 is in the first consumer warpgroup."""
     kernel = sass.find(kernels(source, "90a"), rf"gemm_wgmma.*ELi{tokens}E.*FinishE{finish}E")
     params = TENSOR_MAPS + bytes(gemm(**changes))
-    return kernel, sass.run(kernel, params, thread=128, threads=384, align=128)
+    return kernel, sass.run(kernel, params, thread=thread, threads=384, align=128)
 
 
 # After the last product, until the warp ends: (kernel, call, cycles a tile at most)
@@ -88,6 +88,57 @@ def test_the_epilogue_on_hopper(kernels, source, name):
     after = part.between("BAR.SYNC", "EXIT", first=True)  # both warpgroups are done with the ring
     assert not after.count("F2F\\."), "conversions one at a time"
     assert not after.count("BSSY"), "branches in which lanes may differ"
+
+
+# Between the last product of a tile and the first of the next: (has GELU, cycles a tile at most)
+BETWEEN_TILES = {
+    ("gemm_int8.cu", "plain"): (0, 1_900),
+    ("gemm_int8.cu", "gelu"): (1, 4_400),
+    ("gemm_two_level.cu", "plain"): (0, 2_300),
+    ("gemm_two_level.cu", "gelu"): (1, 4_600),
+}
+MULTIPROCESSORS = 132
+
+
+def persistent(kernels, source, has_gelu, thread):
+    """A warp of the first block; 66 clusters have 12 x 16 tiles, the first one has three."""
+    kernel = sass.find(kernels(source, "90a"), rf"gemm_persistent.*E+Lb{has_gelu}E")
+    params = TENSOR_MAPS + TENSOR_MAPS[:128] + bytes(gemm(gelu=bool(has_gelu)))
+    return kernel, sass.run(
+        kernel, params, thread=thread, threads=384, grid=MULTIPROCESSORS, align=128
+    )
+
+
+@pytest.mark.parametrize(("source", "name"), BETWEEN_TILES)
+def test_what_persistent_blocks_do_not_hide(kernels, source, name):
+    """From the second tile to the third, in a consumer: no product runs in between."""
+    has_gelu, bound = BETWEEN_TILES[source, name]
+    kernel, walk = persistent(kernels, source, has_gelu, thread=128)
+    of_tile = 4 * 24
+    products = walk.starts("IGMMA")
+    assert len(products) == 3 * of_tile
+    part = walk.part(products[2 * of_tile - 1], products[2 * of_tile])
+    print(
+        f"\n{source} {name}: {part.instructions} instructions, {part.cycles} cycles between the "
+        f"products of two tiles, {kernel.registers} registers"
+    )
+    assert part.count("UTMASTG") == (4 if source == "gemm_int8.cu" else 2)  # chunks
+    assert not part.count("STG"), "outputs are stored by bulk copies"
+    assert part.cycles <= bound
+
+
+@pytest.mark.parametrize("thread", [0, 128], ids=["producer", "consumer"])
+@pytest.mark.parametrize("kernel", ["persistent", "plain", "fused"])
+def test_nothing_is_read_before_the_previous_kernel_has_ended(kernels, kernel, thread):
+    """In the machine code, where neither compiler has moved a load: ACQBULK is griddepcontrol.wait."""
+    if kernel == "persistent":
+        _, walk = persistent(kernels, "gemm_int8.cu", 0, thread)
+    else:
+        finish, changes = (PLAIN, {}) if kernel == "plain" else (FUSED, GATE)
+        _, walk = hopper(kernels, "gemm_int8.cu", 256, finish, thread, **changes)
+    accesses = walk.starts(r"^(@!?U?P\d )?(LD|ST|LDG|STG|UTMALDG|UTMASTG|RED|ATOM)\b")
+    assert walk.count("ACQBULK") == 1
+    assert walk.starts("ACQBULK")[0] < accesses[0]
 
 
 def mma(kernels, source, arch, has_epilogue=0, **changes):
