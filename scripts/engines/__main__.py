@@ -215,17 +215,15 @@ def gained_row(case: Case, recipe: str) -> str:
     return f"{start} {cells} |"
 
 
-def lost_row(cases: list[Case], recipe: str) -> str:
+def lost_row(case: Case, recipe: str) -> str:
     target, own = OWN[recipe]
-    cells = []
-    for case in cases:
-        names = SAME.get(recipe, recipe), own
-        pair = [kept(case.file(f"{name}-lost.json"), lost, case, name) for name in names]
-        a, b = (torch.tensor(each["ours"], dtype=torch.float64) for each in pair)
-        value, low, high = ratio(a, b)
-        cells.append(f"{float(a.mean()):.3g} | {value:.2f} ({low:.2f} to {high:.2f})")
-        bits = f"{pair[0]['bits']:.2f} | `{own}` | {pair[1]['bits']:.2f}"
-    return f"| `{target}` | `{recipe.partition('@')[0]}` | {bits} | {' | '.join(cells)} |"
+    names = SAME.get(recipe, recipe), own
+    pair = [kept(case.file(f"{name}-lost.json"), lost, case, name) for name in names]
+    a, b = (torch.tensor(each["ours"], dtype=torch.float64) for each in pair)
+    value, low, high = ratio(a, b)
+    start = f"| `{case.name}` | `{target}` | `{recipe.partition('@')[0]}` | {pair[0]['bits']:.2f} |"
+    cells = f"{float(a.mean()):.3g} | {value:.2f} ({low:.2f} to {high:.2f})"
+    return f"{start} `{own}` | {pair[1]['bits']:.2f} | {cells} |"
 
 
 def main() -> None:
@@ -250,11 +248,13 @@ def main() -> None:
         for name in options.models or (LOST if options.lost else MODELS)
     ]
     if options.lost:
-        names = " | ".join(f"`{case.name}`: error | ratio" for case in cases)
-        print(f"| target | recipe | bits | dtq's own | its bits | {names} |")
-        print(f"| --- | --- | ---: | --- | ---: | {' | '.join(['---: | ---'] * len(cases))} |")
-        for recipe in options.recipes or OWN:
-            print(lost_row(cases, recipe), flush=True)
+        print(
+            "| model | target | recipe | bits | dtq's own | its bits | error | ratio (95 % interval) |"
+        )
+        print("| --- | --- | --- | ---: | --- | ---: | ---: | --- |")
+        for case in cases:
+            for recipe in options.recipes or OWN:
+                print(lost_row(case, recipe), flush=True)
         return
     print("| model | target | recipe | calibrated | data-free | ratio (95 % interval) |")
     print("| --- | --- | --- | ---: | ---: | --- |")
