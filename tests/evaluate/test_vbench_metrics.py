@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """VBench as metrics of a run, with a stand-in for the package that measures the files themselves."""
 
+import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -41,14 +43,37 @@ class VBench:
 """
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    folder = tmp_path / "site" / "vbench"
-    folder.mkdir(parents=True)
+# importing the real one takes longer than the rest
+TORCH = """
+class cuda:
+    def is_available():
+        return False
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    site = tmp_path_factory.mktemp("site")
+    folder = site / "vbench"
+    folder.mkdir()
     (folder / "VBench_full_info.json").write_text("[]")
     (folder / "__init__.py").write_text(PACKAGE)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    return VBenchRequest(("temporal_flickering",), Path(sys.executable))
+    (site / "torch.py").write_text(TORCH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(site))
+        yield VBenchRequest(("temporal_flickering",), Path(sys.executable))
+
+
+@pytest.fixture(scope="module")
+def scored_once(package, tmp_path_factory):
+    """A run whose candidate does not flicker, and its folder."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    return scored(package, folder)[0], folder
+
+
+@pytest.fixture
+def base(scored_once):
+    return copy.deepcopy(scored_once[0])
 
 
 def a_run():
@@ -82,17 +107,14 @@ def test_every_video_has_a_value_and_its_noise(package, tmp_path):
     assert sorted(f.name for f in files) == [f"{i:04d}.mp4" for i in range(COUNT)]
 
 
-def test_a_flickering_candidate_is_a_regression_of_the_gate(package, tmp_path):
-    base, _ = scored(package, tmp_path / "a")
-    same, _ = scored(package, tmp_path / "b")
+def test_a_flickering_candidate_is_a_regression_of_the_gate(base, package, tmp_path):
     worse, _ = scored(package, tmp_path / "c", 0.3)
     policy = Policy(primary=(Limit(NAME, 0.01),), looks=(8,))
-    assert decide(same, base, policy).outcome is Outcome.PASS
+    assert decide(copy.deepcopy(base), base, policy).outcome is Outcome.PASS
     assert decide(worse, base, policy).outcome is Outcome.REGRESSION
 
 
-def test_a_missing_dimension_makes_the_run_invalid(package, tmp_path, monkeypatch):
-    base, _ = scored(package, tmp_path / "a")
+def test_a_missing_dimension_makes_the_run_invalid(base, package, tmp_path, monkeypatch):
     monkeypatch.setenv("DROPPED", "1")
     run, _ = scored(package, tmp_path / "b")
     assert "no value of 0000.mp4" in run.missing[NAME]
@@ -103,9 +125,10 @@ def test_a_missing_dimension_makes_the_run_invalid(package, tmp_path, monkeypatc
     assert "makes none" in sounds.missing[NAME]
 
 
-def test_a_result_made_elsewhere_is_imported_by_file_name(package, tmp_path):
-    run, _ = scored(package, tmp_path / "run")
-    file = tmp_path / "run" / "vbench" / "candidate" / "dtq_eval_results.json"
+def test_a_result_made_elsewhere_is_imported_by_file_name(scored_once, tmp_path):
+    run, folder = scored_once
+    file = tmp_path / "dtq_eval_results.json"
+    shutil.copyfile(folder / "vbench" / "candidate" / file.name, file)
     imported = a_run()
     score(VBenchRequest(results=file), imported, videos(), tmp_path / "other")
     assert imported.values[NAME] == run.values[NAME]
