@@ -25,6 +25,8 @@ from dtq.stages.transform_choice import choose_transform, groups_sharing_transfo
 COPIES = 8
 """Float32 matrices of a layer's size that its solver holds."""
 
+_TRIM_AFTER = 2**20  # weights; malloc walks through all that is free: not after every small layer
+
 
 def solve(run: Run) -> None:
     """Quantize every layer of the plan; the float model is not changed."""
@@ -53,7 +55,7 @@ def solve_layers(
                 problems[f"{label}/{group.name}.{i}"] = group, layers
     costs = {task: _cost(layers) for task, (_, layers) in problems.items()}
     assigned = run.tasks.assigned(costs)
-    mapped = Mapped()
+    mapped, untrimmed = Mapped(), 0
     # by cost, so that the remaining time is right where layers differ in size
     total = sum(costs[task] for task in assigned)
     shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
@@ -66,8 +68,11 @@ def solve_layers(
             mapped.release(module.weight for module in modules)  # type: ignore[misc]
             bar.set_postfix_str(f"{done} of {len(assigned)} input groups", refresh=False)
             bar.update(costs[task])
-            # not what the solver of such layers may soon take again
-            trim_malloc(beyond=COPIES // 2 * 4 * max(w.numel() for w in weights))
+            untrimmed += sum(w.numel() for w in weights)
+            if untrimmed >= _TRIM_AFTER:
+                untrimmed = 0
+                # not what the solver of such layers may soon take again
+                trim_malloc(beyond=COPIES // 2 * 4 * max(w.numel() for w in weights))
     run.tasks.barrier()
     solved = [from_result(*run.tasks.load(task), plan) for task in problems]
     by_name = {result.plan.name: result for results, _ in solved for result in results}
