@@ -93,12 +93,24 @@ def test_a_plain_from_pretrained_loads_a_dtq_folder(first, quantized_folder):
 
 
 def test_every_import_order_of_modules_ends_with_the_same_patches():
-    """Modules of dtq that import diffusers themselves, while the hook waits for it."""
-    for module in ("dtq.nn.gelu", "dtq.parallel", "dtq.checkpoint.config", "dtq.integrations.peft"):
-        run(
-            f"import {module}\nfrom diffusers.quantizers import auto\n"
-            "assert auto.AUTO_QUANTIZER_MAPPING['dtq'].__name__ == 'DTQQuantizer'"
-        )
+    """Modules of dtq that import diffusers themselves, while the hook waits for it.
+
+    Each in a process of its own, all forked after torch, whose import takes longest.
+    """
+    modules = ("dtq.nn.gelu", "dtq.parallel", "dtq.checkpoint.config", "dtq.integrations.peft")
+    run(
+        "import gc, importlib, os, sys, torch, torch._dynamo\n"
+        "assert 'diffusers' not in sys.modules\n"
+        "gc.freeze()  # else the children look through all of it, and copy it\n"
+        "for module in sys.argv[1:]:\n"
+        "    if not (child := os.fork()):\n"
+        "        importlib.import_module(module)\n"
+        "        from diffusers.quantizers import auto\n"
+        "        assert auto.AUTO_QUANTIZER_MAPPING['dtq'].__name__ == 'DTQQuantizer'\n"
+        "        sys.exit()\n"
+        "    assert os.waitpid(child, 0)[1] == 0, module",
+        *modules,
+    )
 
 
 def test_without_the_libraries_nothing_is_applied_and_nothing_breaks():
