@@ -80,18 +80,17 @@ struct TileCoord {
   int m, n;  // in tiles
 };
 
-constexpr unsigned kBand = 8;
+constexpr int kBand = 8;
 
 // Tile `rest` of the band that begins with `first`.
-DTQ_DEV TileCoord coord_in_band(int first, unsigned rest, int tiles_m) {
-  const unsigned left = unsigned(tiles_m - first);
-  if (left >= kBand) return {first + int(rest % kBand), int(rest / kBand)};  // no division
-  return {first + int(rest % left), int(rest / left)};
+DTQ_DEV TileCoord coord_in_band(int first, int rest, int tiles_m) {
+  const int height = tiles_m - first < kBand ? tiles_m - first : kBand;
+  return {first + rest % height, rest / height};
 }
 
 DTQ_DEV TileCoord tile_coord(int id, int tiles_m, int tiles_n) {
-  const unsigned in_band = kBand * unsigned(tiles_n);
-  return coord_in_band(int(unsigned(id) / in_band * kBand), unsigned(id) % in_band, tiles_m);
+  const int in_band = kBand * tiles_n;
+  return coord_in_band(id / in_band * kBand, id % in_band, tiles_m);
 }
 
 // Two neighbouring columns of a row of `down` or `up`, packed for mma; zero past the last row.

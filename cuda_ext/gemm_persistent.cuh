@@ -43,10 +43,13 @@ struct TileWalk {
     settle();
   }
   DTQ_DEV void settle() {  // a loop of few steps, faster than a division
-    while (rest >= in_band) rest -= in_band, first += int(kBand);
+    while (rest >= in_band) rest -= in_band, first += kBand;
   }
   DTQ_DEV bool has_tile() const { return id < tiles; }
-  DTQ_DEV TilePlace place(int rank) const { return place_of<T>(coord_in_band(first, rest, height), rank); }
+  DTQ_DEV TilePlace place(int rank) const {
+    if (height - first < kBand) return place_of<T>(coord_in_band(first, int(rest), height), rank);
+    return place_of<T>({first + int(rest % kBand), int(rest / kBand)}, rank);  // no division
+  }
   DTQ_DEV void advance() {
     id += clusters, rest += unsigned(clusters);
     settle();

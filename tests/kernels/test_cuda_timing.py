@@ -122,7 +122,9 @@ def test_what_persistent_blocks_do_not_hide(kernels, source, name):
         f"\n{source} {name}: {part.instructions} instructions, {part.cycles} cycles between the "
         f"products of two tiles, {kernel.registers} registers"
     )
-    assert part.count("UTMASTG") == (4 if source == "gemm_int8.cu" else 2)  # chunks
+    # commits of chunks; a store is in a loop over lanes, which the walk may repeat
+    assert part.count("UTMACMDFLUSH") == (4 if source == "gemm_int8.cu" else 2)
+    assert part.count("UTMASTG")
     assert not part.count("STG"), "outputs are stored by bulk copies"
     assert part.cycles <= bound
 
