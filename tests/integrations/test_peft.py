@@ -333,7 +333,7 @@ def test_convolutions_and_offloaded_layers_are_refused():
     spec = next(iter(linears(_quantized("flux", "w4a16")).values())).spec
     layer = dtq.QuantLinear.in_place_of(nn.Conv2d(64, 64, 1), spec)
     model = nn.ModuleDict({"pointwise": layer})
-    with pytest.raises(InputError, match="1 x 1 convolution"):
+    with pytest.raises(InputError, match="quantized convolutions take no"):
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["pointwise"]), model)
     away = dtq.QuantLinear(64, 64, True, spec, device="meta")
     with pytest.raises(InputError, match="before offloading"):
