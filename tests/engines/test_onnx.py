@@ -67,9 +67,9 @@ def test_the_model_has_the_error_of_dtq(family, recipe, tmp_path):
     print(f"\n{type(model).__name__} {recipe}: {theirs / ours:.4f}")
     assert ours > 0
     assert theirs <= 1.01 * ours
-    inputs = dummy_inputs(
-        model, 3, 0.3 if family == "flux" else 300, 5
-    )  # a batch of another size than the traced one
+    # a batch of another size than the traced one; with 3, one code that rounds the other way, by the
+    # last bits of GELU, is 12 % of the error
+    inputs = dummy_inputs(model, 8, 0.3 if family == "flux" else 300, 5)
     assert error(output(engine, inputs), output(made, inputs)) < 0.1 * error(
         output(made, inputs), output(model, inputs)
     )
