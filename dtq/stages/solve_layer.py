@@ -13,6 +13,7 @@ from dtq.calibrate.observers import InputStats
 from dtq.errors import InputError
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS, ActivationFormat, fake_quantize, row_scale
+from dtq.models import is_text_encoder
 from dtq.plan.layers import LayerPlan
 from dtq.solvers import SOLVERS
 from dtq.solvers.lowrank import LowRankBranch
@@ -21,8 +22,8 @@ from dtq.stages.run import Run
 from dtq.transforms import OnlineTransform, TransformChoice
 
 RIDGE = 0.1
-"""Of the mean diagonal of a Hessian, where it has as many rows as columns. Measured for text
-encoders, which see few tokens (docs/text_encoders.md)."""
+"""For text encoders, which see few tokens: of the mean diagonal of a Hessian, where it has as many
+rows as columns (docs/text_encoders.md). It is not measured for denoisers, which have none."""
 LEAST_RIDGE = 0.01
 """A smaller ridge is left out: the solvers' own damping is of that size."""
 
@@ -37,6 +38,7 @@ class TransformedInput:
         activations: format that the layers round the input with.
         like: a tensor on the device and of the dtype to compute with.
         correct_bias: whether the mean output error is moved into the bias.
+        ridge: of ``ridged_hessian``.
         factors: Cholesky factors of the Hessian by damping, shared by the solvers of all layers.
     """
 
@@ -45,6 +47,7 @@ class TransformedInput:
     activations: ActivationFormat
     like: Tensor
     correct_bias: bool
+    ridge: float = 0.0
     factors: dict[float, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -61,7 +64,8 @@ class TransformedInput:
         """
         stats = run.stats(run.scan.group_of(layer.name))
         activations = ACTIVATION_FORMATS[layer.activation_format]
-        return cls(stats, choice, activations, weight, run.recipe.correct_bias)
+        ridge = RIDGE if is_text_encoder(run.model) else 0.0
+        return cls(stats, choice, activations, weight, run.recipe.correct_bias, ridge)
 
     @property
     def transform(self) -> OnlineTransform:
@@ -80,12 +84,12 @@ class TransformedInput:
         """The Hessian for solvers that invert it, None without calibration data.
 
         Of few rows it is a bad guess of that of other inputs, which error feedback would trust:
-        then ``RIDGE * K / rows`` of its mean diagonal is added to the diagonal, as in ridge
+        then ``ridge * K / rows`` of its mean diagonal is added to the diagonal, as in ridge
         regression.
         """
         if self.hessian is None or self.stats is None or self.stats.hessian is None:
             return None
-        ridge = RIDGE * len(self.hessian) / max(1, int(self.stats.hessian.count))
+        ridge = self.ridge * len(self.hessian) / max(1, int(self.stats.hessian.count))
         if ridge <= LEAST_RIDGE:
             return self.hessian
         ridged = self.hessian.clone()

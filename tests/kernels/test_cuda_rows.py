@@ -7,7 +7,18 @@ import ctypes
 import os
 import shutil
 import subprocess
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_bool,
+    c_float,
+    c_int,
+    c_int64,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 
 import pytest
@@ -71,6 +82,7 @@ class Rows(Structure):
         ("width", c_int64),
         ("scale", c_void_p),
         ("sums", c_void_p),
+        ("next_may_start", c_bool),
     ]
 
 

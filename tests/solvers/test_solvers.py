@@ -20,8 +20,7 @@ from dtq.io.schema import MethodSpec
 from dtq.linalg import cholesky
 from dtq.plan import LayerPlan, LayerSpec
 from dtq.solvers import SOLVERS
-from dtq.stages import solve_layer as solve_layer_module
-from dtq.stages.solve_layer import TransformedInput, solve_layer
+from dtq.stages.solve_layer import RIDGE, TransformedInput, solve_layer
 from dtq.transforms import TRANSFORMS
 
 K = 256
@@ -231,7 +230,7 @@ def test_a_factor_in_float32_compensates_as_much_as_one_in_float64(monkeypatch):
     assert again == pytest.approx(narrow, rel=1e-6)
 
 
-def test_error_feedback_trusts_a_hessian_of_few_rows_less(monkeypatch):
+def test_error_feedback_trusts_a_hessian_of_few_rows_less():
     """Held-out rows are the judge; of many rows the Hessian stays as it is, to the bit."""
     w, x = problem(rows=6000)
     few, held_out = x[: K // 2], x[K // 2 :]
@@ -240,20 +239,17 @@ def test_error_feedback_trusts_a_hessian_of_few_rows_less(monkeypatch):
     plan = replace(plan, solver=MethodSpec("gptq"))
     none = TRANSFORMS["none"].call([w], None, fmt=None, activations=None)
 
-    def given(rows):
+    def given(rows, ridge=RIDGE):
         stats = InputStats(K, 1, frozenset({"channels", "hessian"}))
         for i, part in enumerate(rows.split(512)):
             zeros = torch.zeros(len(part), dtype=torch.int64)
             stats.observe(part, SampleOrigin(0, i, zeros))
-        return TransformedInput(stats, none, ACTIVATION_FORMATS["none"], w, correct_bias=False)
+        return TransformedInput(stats, none, ACTIVATION_FORMATS["none"], w, False, ridge)
 
-    def error():
-        solved = solve_layer(plan, w, given(few))
+    def error(ridge):
+        solved = solve_layer(plan, w, given(few, ridge))
         return objective(w, FORMATS["int4-2l-g64"].unpack(solved.tensors), truth)
 
-    ridged = error()
-    monkeypatch.setattr(solve_layer_module, "RIDGE", 0.0)
-    assert ridged < 0.8 * error()
-    monkeypatch.undo()
+    assert error(RIDGE) < 0.8 * error(0.0)
     many = given(x)
     assert many.ridged_hessian is many.hessian
