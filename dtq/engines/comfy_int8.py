@@ -69,7 +69,7 @@ TARGET = comfy_target(
     loss=Loss(
         "smoothing, random signs of the rotation, low-rank branch, step policy, static scales",
         "w8a8",
-        None,
+        1.18,
         16.6,
     ),
 )

@@ -112,5 +112,7 @@ TARGET = comfy_target(
     loss=Loss(
         "rotation, smoothing, low-rank branch, step policy",
         "nvfp4",
+        1.3,
+        34.01,
     ),
 )

@@ -129,5 +129,7 @@ TARGET = comfy_target(
     loss=Loss(
         "smoothing, low-rank branch, step policy, static scales",
         "w4a8",
+        0.66,
+        2.82,
     ),
 )

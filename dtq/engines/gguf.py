@@ -111,7 +111,7 @@ TARGET = Target(
     loss=Loss(
         "rotation, smoothing, low-rank branch, int8 tokens, step policy",
         "w4a16",
-        None,
+        0.63,
         0.31,
     ),
 )
