@@ -108,7 +108,7 @@ TARGET = comfy_target(
     loss=Loss(
         "zero points of tokens, rotation, step policy",
         "w4a4",
-        None,
+        1.12,
         1.11,
     ),
 )
