@@ -97,6 +97,23 @@ DTQ_DEV Pieces pieces_of(const Gemm& g, const Consumer& c) {
           n < g.rows ? int(g.tokens) - c.m - token : 0};
 }
 
+// Outputs of the warp for 16 tokens, from 8 j on; `scales` are theirs, and then those of the next 16.
+template <class T, Float type, bool has_gelu>
+DTQ_DEV void store_16_tokens(unsigned char* to, const unsigned char* row_scales, const RowPair& rows,
+                             const int32_t (&sums)[T::kSums], int j, U2 (&scales)[2]) {
+  uint32_t pairs[4];
+  const U2 now[2] = {scales[0], scales[1]};
+  load_token_scales<T>(row_scales, j + 2, scales);
+  DTQ_UNROLL for (int i = 0; i < 2; i++) {
+    float v[4];
+    scaled_sums<T>(now[i], rows, sums, j + i, v);
+    DTQ_UNROLL for (int e = 0; e < 4; e++) v[e] = has_gelu ? gelu_approximate(v[e]) : v[e];
+    DTQ_UNROLL for (int h = 0; h < 2; h++)
+      pairs[i * 2 + h] = pair_of(v[h * 2], v[h * 2 + 1], type);
+  }
+  stmatrix_x4_trans(to, pairs);
+}
+
 // A tile of 16-bit outputs: 128 bytes a token, whose eight 16-byte chunks are permuted by the token, so that
 // one chunk of eight tokens is in different banks.
 template <class T, Float type>
@@ -109,16 +126,7 @@ DTQ_DEV void store_plain(const Gemm& g, const Consumer& c, unsigned char* tile,
   U2 scales[2];
   load_token_scales<T>(row_scales, 0, scales);
   DTQ_UNROLL for (int j = 0; j < T::kTokens / 8; j += 2) {
-    uint32_t pairs[4];
-    const U2 now[2] = {scales[0], scales[1]};
-    load_token_scales<T>(row_scales, j + 2, scales);
-    DTQ_UNROLL for (int i = 0; i < 2; i++) {
-      float v[4];
-      scaled_sums<T>(now[i], rows, sums, j + i, v);
-      DTQ_UNROLL for (int h = 0; h < 2; h++)
-        pairs[i * 2 + h] = pair_of(v[h * 2], v[h * 2 + 1], type);
-    }
-    stmatrix_x4_trans(to + j * 1024, pairs);
+    store_16_tokens<T, type, false>(to + j * 1024, row_scales, rows, sums, j, scales);
   }
   sync_named(2 + c.group, 128);
   const Pieces p = pieces_of<T>(g, c);

@@ -82,19 +82,9 @@ DTQ_DEV void store_chunks(const PersistentArgs& a, const Consumer& c, unsigned c
   load_token_scales<T>(row_scales, 0, scales);
   DTQ_UNROLL for (int first = 0; first < T::kTokens; first += T::kChunk) {
     const int buffer = first / T::kChunk % 2 * T::kBuffer;
-    DTQ_UNROLL for (int j = first / 8; j < (first + T::kChunk) / 8; j += 2) {
-      uint32_t pairs[4];
-      const U2 now[2] = {scales[0], scales[1]};
-      load_token_scales<T>(row_scales, j + 2, scales);
-      DTQ_UNROLL for (int i = 0; i < 2; i++) {
-        float v[4];
-        scaled_sums<T>(now[i], rows, sums, j + i, v);
-        DTQ_UNROLL for (int e = 0; e < 4; e++) v[e] = has_gelu ? gelu_approximate(v[e]) : v[e];
-        DTQ_UNROLL for (int h = 0; h < 2; h++)
-          pairs[i * 2 + h] = pair_of(v[h * 2], v[h * 2 + 1], type);
-      }
-      stmatrix_x4_trans(to + buffer + (j - first / 8) * 1024, pairs);
-    }
+    DTQ_UNROLL for (int j = first / 8; j < (first + T::kChunk) / 8; j += 2)
+      store_16_tokens<T, type, has_gelu>(to + buffer + (j - first / 8) * 1024, row_scales, rows, sums, j,
+                                         scales);
     fence_proxy_async();
     if (c.thread == 0) bulk_wait_read<0>();
     sync_named(2 + c.group, 128);

@@ -60,8 +60,9 @@ def export(
     CHECKPOINT is the output of dtq quantize. The integers and scales are those of the checkpoint;
     nothing is rounded again. An engine holds less than dtq does: smoothing, low-rank branches, step
     policies and static scales have no place in most files; --list shows what each lacks, and the
-    error that this costs. docs/engines has a page for each target, with how to load the file. Layers that are one tensor in the original files must have the
-    same format, and are refused otherwise. dtq quantize --to TARGET checks a recipe before it runs.
+    error that this costs. docs/engines has a page for each target, with how to load the file. Layers
+    that are one tensor in the original files must have the same format, and are refused otherwise.
+    dtq quantize --to TARGET checks a recipe before it runs.
 
     \b
     dtq quantize demo --recipe convrot-w8a8 --to comfy-int8 -o demo-int8
@@ -128,5 +129,6 @@ def _list(as_json: bool) -> None:
         loss = target.loss
         ratios = [x and f"{x:.2f} x {loss.own}" for x in (loss.demo, loss.outliers)]
         losses.append((name, loss.lacks, *(x or "not measured" for x in ratios)))
-    click.echo("\nSquared error of each recipe, relative to a recipe of dtq's own formats:")
+    click.echo("\nSquared error of each recipe, relative to a recipe of dtq's own formats (conditions: "
+               "docs/engines/README.md):")  # fmt: skip
     table(("target", "lacks", "demo", "demo-outliers"), losses)

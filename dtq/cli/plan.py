@@ -84,8 +84,8 @@ def plan(
     runs, compute, mapped = _runs(model, components, dtype, variant, recipe, budget, options)
     data: dict[str, dict[str, Any]] = {}
     local = has_pipeline and folder.exists()
-    held = held_while_calibrating(folder, recipe, compute, bool(mapped)) if local else {}
-    for run, cost in _costs(runs, compute, mapped, held, has_pipeline):
+    source = folder if local else None
+    for run, cost in _costs(runs, compute, mapped, source, has_pipeline):
         name = run.loaded.component
         data[name] = _to_json(run, cost)
         if not as_json:
@@ -172,47 +172,23 @@ def _costs(
     runs: list[Run],
     compute: torch.dtype,
     mapped: set[str],
-    held: dict[str, int],
+    folder: Path | None,
     has_pipeline: bool,
 ) -> Iterator[tuple[Run, Estimate]]:
-    """Planned runs, each with its estimate; ``held`` is of :func:`held_while_calibrating`."""
+    """Planned runs, each with its estimate; ``folder`` is that of a local pipeline."""
     from dtq.estimate import estimate
+    from dtq.estimate.calibrating import calibrating_memory
     from dtq.stages.calibrate import statistics_needed
 
+    settings = runs[0].recipe.calibration
+    held = calibrating_memory(folder, settings, compute, mapped=bool(mapped)) if folder else None
     for run in runs:
         needs, name = statistics_needed(run.recipe, has_pipeline), run.loaded.component
-        around = sum(held.values()) - held.get(name, 0) if needs else 0
         cost = estimate(
             run, compute, needs=needs, mapped=name in mapped, has_pipeline=has_pipeline,
-            around=around,
+            around=held.around(name) if held and needs else 0,
         )  # fmt: skip
         yield run, cost
-
-
-def held_while_calibrating(
-    folder: Path, recipe: Recipe, compute: torch.dtype, mapped: bool
-) -> dict[str, int]:
-    """What a pipeline holds while it calibrates: bytes of its models, and of activations ("").
-
-    Empty for a pipeline that does not run without weights.
-
-    Args:
-        folder: of the pipeline.
-        recipe: has the settings of the calibration.
-        compute: dtype.
-        mapped: whether weights are mapped from their files.
-    """
-    from dtq.cli import sampling_memory
-    from dtq.estimate.fake_pipeline import meta_modules
-    from dtq.estimate.size import resident_weights
-
-    found = sampling_memory.estimated(folder, recipe, recipe.calibration.batch_size, compute, {})
-    if "unknown" in found:  # which the part about sampling says
-        return {}
-    models = meta_modules(folder).items()
-    held = {name: resident_weights(model, compute, mapped=mapped) for name, model in models}
-    held[""] = found["modes"]["none"] - sum(found["weights"].values())
-    return held
 
 
 def _sizes(

@@ -160,7 +160,7 @@ def _original_names(model: nn.Module, required: bool) -> KeyMap | None:
 
 
 def contents_of(model: nn.Module) -> Contents:
-    """The tensors and the config of a quantized model.
+    """The tensors and the config of a quantized model; its convolutions are decoded to floats.
 
     Raises:
         InputError: it is not quantized by dtq, or has a step policy, which no other engine runs.
@@ -182,7 +182,6 @@ def contents_of(model: nn.Module) -> Contents:
     packed = {f"{n}.{key}" for n, m in modules.items() for key in m.tensor_specs()}
     packed |= {f"{n}.{key}" for n, m in convs.items() for key in m.tensor_specs()}
     others = {key: t.detach() for key, t in model.state_dict().items() if key not in packed}
-    # other engines get float convolutions
     others |= {f"{name}.weight": conv.dequantize() for name, conv in convs.items()}
     layers = {
         name: StoredLayer(
@@ -217,14 +216,18 @@ def holdable(
     contents = contents_of(model)
     found = {name: target.unsupported_reason(layer) for name, layer in contents.layers.items()}
     reasons = {name: reason for name, reason in found.items() if reason}
+    convolutions = dict.fromkeys(
+        (name for name, module in model.named_modules() if isinstance(module, QuantConv)),
+        "a convolution with 8-bit weights",
+    )
     apart = {}
     if original:
         held = {name: x for name, x in contents.layers.items() if name not in reasons}
         apart = fusion_reasons(held, original)
         reasons |= apart
-    if reasons and not as_float:
+    if (reasons or convolutions) and not as_float:
         more = "; or keep each layer by itself: --names diffusers" if apart else ""
-        raise InputError(_refusal(target, reasons) + more)
+        raise InputError(_refusal(target, reasons | convolutions) + more)
     weights: dict[str, Tensor] = {}
     for name in reasons:
         module = model.get_submodule(name)
@@ -234,7 +237,8 @@ def holdable(
     if not layers:
         why = _refusal(target, reasons) if reasons else "no layer is quantized"
         raise InputError(f"{why}; no layer would be left for {target.name}")
-    return replace(contents, layers=layers, others=contents.others | weights), reasons
+    held_as_float = reasons | convolutions
+    return replace(contents, layers=layers, others=contents.others | weights), held_as_float
 
 
 def _refusal(target: Target, reasons: dict[str, str]) -> str:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """NNCF's ``compress_weights`` without a data set, which makes OpenVINO's compressed models.
 
-NNCF has no 8-bit weights in groups, so modulation is ``int8-row`` in both files. Its codes, scales and zero points are put into the IR that dtq writes. NNCF's own IR has float16
-scales; here they are widened to float32, as dtq's are.
+NNCF has no 8-bit weights in groups, so modulation is ``int8-row`` in both files. Its codes, scales
+and zero points are put into the IR that dtq writes. NNCF's own IR has float16 scales; here they are
+widened to float32, as dtq's are.
 """
 
 from __future__ import annotations

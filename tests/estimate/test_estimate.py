@@ -15,8 +15,8 @@ from click.testing import CliRunner
 
 from dtq.calibrate import engine
 from dtq.cli import main
-from dtq.cli.plan import held_while_calibrating
 from dtq.estimate import duration, estimate
+from dtq.estimate.calibrating import calibrating_memory
 from dtq.io.schema import MethodSpec
 from dtq.pipelines.loading import load_transformer
 from dtq.recipe import Recipe
@@ -187,12 +187,12 @@ def test_what_a_pipeline_holds_while_it_calibrates_is_in_the_peak(folder):
     held = {}
     for batch in (2, 8):
         calibration = replace(RECIPE.calibration, batch_size=batch)
-        held[batch] = held_while_calibrating(
-            folder, replace(RECIPE, calibration=calibration), torch.float32, False
-        )
+        held[batch] = calibrating_memory(folder, calibration, torch.float32, mapped=False)
     vae = load_transformer(str(folder)).pipeline.vae
-    assert held[2]["vae"] == held[8]["vae"] == sum(t.nbytes for t in vae.state_dict().values())
-    assert 3.5 < held[8][""] / held[2][""] < 4.5
+    stored = sum(t.nbytes for t in vae.state_dict().values())
+    assert held[2].weights["vae"] == held[8].weights["vae"] == stored
+    assert held[8].around("vae") == held[8].weights["transformer"] + held[8].activations
+    assert 3.5 < held[8].activations / held[2].activations < 4.5
     run = planned(load_transformer(str(folder)), RECIPE)
     more = [estimate(run, torch.float32, around=around).memory for around in (0, 10**9)]
     assert more[1] - more[0] > 0.9e9

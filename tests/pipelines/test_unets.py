@@ -159,5 +159,7 @@ def test_convolutions_in_8_bits_on_request(tmp_path):
         pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["resnets.1.conv1"]))
     floats = contents_of(pipe.unet).others["mid_block.resnets.0.conv1.weight"]  # for export
     assert floats.shape == pipelines.sdxl().unet.mid_block.resnets[0].conv1.weight.shape
+    with pytest.raises(InputError, match="more: a convolution with 8-bit weights"):
+        dtq.export(tmp_path / "out", "torchao", tmp_path / "engine")
     with pytest.raises(InputError, match="set convolutions=keep"):
         dtq.quantize(pipelines.sdxl(), "w8a8", convolutions="w8", to="comfy-int8", progress=False)

@@ -231,7 +231,7 @@ def test_a_factor_in_float32_compensates_as_much_as_one_in_float64(monkeypatch):
 
 
 def test_error_feedback_trusts_a_hessian_of_few_rows_less():
-    """Held-out rows are the judge; of many rows the Hessian stays as it is, to the bit."""
+    """The error is that on held-out rows; of many rows the Hessian stays as it is, to the bit."""
     w, x = problem(rows=6000)
     few, held_out = x[: K // 2], x[K // 2 :]
     truth = held_out.T @ held_out
