@@ -70,6 +70,8 @@ def test_its_pictures_are_of_the_class_asked_for():
 
 
 ALONE = ("none", "smooth", "hadamard")
+# five alphas instead of twenty-one
+COARSE = {"transform": {"search": {"step": 0.25}}}
 
 
 @pytest.fixture(scope="module", params=["demo", "demo-outliers"])
@@ -83,12 +85,15 @@ def measured(request):
     recipe = Recipe.load("w4a8", calibration={"samples": 8, "steps": 10})
     stats = collected(source, recipe, EVERYTHING, progress=False)
     errors, bits, layers = {}, {}, []
-    alone = {
-        t: {"transform": t, "transform_candidates": []} for t in ALONE if name == "demo-outliers"
-    }
-    for label, changes in ({"w4a8": {}, "w8a8": {}, "rtn-w4a8": {}} | alone).items():
+    runs: dict[str, tuple[str, dict]] = {"w4a8": ("w4a8", {}), "rtn-w4a8": ("rtn-w4a8", {})}
+    if name == "demo-outliers":
+        runs["w8a8"] = "w8a8", COARSE
+        runs |= {t: ("w4a8", {"transform": t, "transform_candidates": []}) for t in ALONE}
+    else:  # `make gate` measures the recipe as it is
+        runs["w4a8"] = "w4a8", COARSE
+    for label, (shipped, changes) in runs.items():
         opened = load_transformer(name)
-        chosen = Recipe.load("w4a8" if changes else label, **changes)
+        chosen = Recipe.load(shipped, **changes)
         quantized(opened, chosen, statistics=stats, progress=False)
         steps = trajectory.teacher_forced(truth, opened.model)
         errors[label], bits[label] = sum(steps) / len(steps), stored_bits(opened.model)
@@ -105,7 +110,7 @@ def measured(request):
 def test_recipes_reach_their_targets(measured):
     name, errors, bits, _, _ = measured
     assert bits["w4a8"] <= 4.6
-    assert errors["w8a8"] <= 0.2 * errors["w4a8"]
+    assert name == "demo" or errors["w8a8"] <= 0.2 * errors["w4a8"]
     assert errors["w4a8"] <= (0.03 if name == "demo-outliers" else 0.4) * errors["rtn-w4a8"]
 
 
