@@ -14,7 +14,7 @@ import diffusers
 import pytest
 import tiny
 import torch
-from conftest import QUICK
+from conftest import hasty
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.loaders.peft import PeftAdapterMixin
 from torch import nn
@@ -22,7 +22,6 @@ from torch import nn
 import dtq
 from dtq.errors import InputError
 from dtq.pipelines.tracing import dummy_inputs
-from dtq.recipe import Recipe
 
 peft = pytest.importorskip("peft")
 
@@ -44,7 +43,7 @@ PIPELINES = {
 
 @cache
 def _quantized(name: str, recipe: str) -> nn.Module:
-    chosen = Recipe.load(recipe, **QUICK, **RECIPES[recipe])
+    chosen = hasty(recipe, **RECIPES[recipe])
     return dtq.quantize(tiny.TRANSFORMERS[name](), chosen, progress=False)
 
 

@@ -10,14 +10,13 @@ import accelerate
 import pytest
 import tiny
 import torch
-from conftest import QUICK
+from conftest import hasty
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import dtq
 from dtq.errors import InputError
 from dtq.pipelines.tracing import dummy_inputs
-from dtq.recipe import Recipe
 
 peft = pytest.importorskip("peft")
 dora = pytest.importorskip("dtq.integrations.dora")
@@ -38,7 +37,7 @@ NAMES = ("lokr_", "hada_", "lora_")
 
 @cache
 def _quantized(name: str, recipe: str) -> nn.Module:
-    chosen = Recipe.load(recipe, **QUICK, finetune="none")
+    chosen = hasty(recipe, finetune="none")
     return dtq.quantize(tiny.TRANSFORMERS[name](), chosen, progress=False)
 
 
