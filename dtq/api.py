@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,11 @@ from torch import nn
 
 from dtq.calibrate.collection import Statistics
 from dtq.checkpoint.config import DTQConfig
-from dtq.errors import InputError
 from dtq.io.default_dtype import default_dtype
-from dtq.pipelines.contents import Components, text_encoders
-from dtq.pipelines.loading import LoadedModel, load_transformers, text_encoders_of
+from dtq.pipelines.contents import Components
+from dtq.pipelines.loading import LoadedModel, load_transformers
 from dtq.recipe import Recipe
-from dtq.recipe.resolve import BNB_NF4, KEEP, TEXT_RECIPE, for_text_encoder
-from dtq.recipe.selectors import check_patterns, pattern_list
-from dtq.runs.tasks import TaskStore
+from dtq.recipe.resolve import BNB_NF4
 from dtq.stages.attach_config import attach_config
 from dtq.stages.attention import attention
 from dtq.stages.autoencoder import check_vae, quantize_autoencoder
@@ -28,6 +24,7 @@ from dtq.stages.calibrate import calibrate
 from dtq.stages.compare_transforms import compare_transforms
 from dtq.stages.finetune import finetune
 from dtq.stages.mixed_precision import mixed_precision
+from dtq.stages.open_runs import open_runs
 from dtq.stages.pipeline_budget import SharedBudget, record_sampling
 from dtq.stages.pipeline_sizes import PipelineBudget, check_budget, count_promoted
 from dtq.stages.plan import plan
@@ -39,7 +36,7 @@ from dtq.stages.run import Run
 from dtq.stages.sanity_check import sanity_check
 from dtq.stages.solve import solve
 from dtq.stages.step_policy import step_policy
-from dtq.stages.text_nf4 import check_nf4, quantize_text_encoders_nf4
+from dtq.stages.text_nf4 import quantize_text_encoders_nf4
 
 FLOAT_STAGES = (plan, calibrate, record_calls)
 """Run for every transformer of the pipeline before the first of them is changed."""
@@ -100,89 +97,6 @@ def _run_within(runs: Sequence[Run], budget: PipelineBudget) -> None:
                 for stage in MAIN_STAGES[1:]:
                     stage(run)
                 count_promoted(budget, run, spent)
-
-
-def open_runs(
-    models: Sequence[LoadedModel],
-    recipe: Recipe,
-    *,
-    inputs: Iterable[dict[str, Any]] | None = None,
-    tasks: TaskStore | None = None,
-    text_encoder: str | Path | Recipe | None = None,
-    budget: PipelineBudget | None = None,
-    **options: Any,
-) -> list[Run]:
-    """One :class:`Run` for each transformer, then one for each text encoder that is quantized.
-
-    Args:
-        models: the transformers of one pipeline, or a bare one.
-        recipe: what to do.
-        text_encoder: what to do with the text encoders: ``keep``, ``bnb-nf4`` (they are converted
-            after the run), or a recipe. None: the budget decides, and without one they are kept.
-        budget: for all weight files of the pipeline.
-        inputs: keyword arguments of forwards to calibrate a bare transformer on.
-        tasks: where results of tasks are kept and shared by processes; default: in memory.
-        **options: fields of :class:`Run`: ``exclude``, ``statistics``, ``memory``, ...
-
-    Raises:
-        InputError: statistics or inputs, which belong to one transformer, are given for several; an
-            entry of ``exclude`` matches nothing.
-    """
-    inputs = None if inputs is None else list(inputs)
-    if inputs is not None and not all(isinstance(each, Mapping) for each in inputs):
-        raise InputError("inputs: expected a list of mappings, keyword arguments of a call each")
-    several = len(models) > 1
-    if several and (options.get("statistics") is not None or inputs is not None):
-        names = ", ".join(model.component for model in models)
-        raise InputError(
-            f"statistics and inputs are those of one transformer, the pipeline has {names}: "
-            f"quantize them one by one with component="
-        )
-    tasks = tasks or TaskStore()
-    if budget is not None:
-        recipe, options = _within_budget(models[0], recipe, inputs, options)
-    pipeline = models[0].pipeline
-    if text_encoder is None and (budget is None or pipeline is None or not text_encoders(pipeline)):
-        text_encoder = KEEP
-    if text_encoder == BNB_NF4:  # refused now, converted at the end
-        check_nf4()
-        text_encoders_of(models[0])
-        text_encoder = KEEP
-    texts = [] if text_encoder == KEEP else text_encoders_of(models[0])
-    every = [*models, *texts]
-    excluded = pattern_list(options.get("exclude"), "modules_to_not_convert")
-    check_patterns(excluded, [each.model for each in every], "modules_to_not_convert (--exclude)")
-    options["exclude"] = excluded
-
-    def make(model: LoadedModel, recipe: Recipe, inputs: Any, options: dict[str, Any]) -> Run:
-        own = tasks.namespace(model.component) if len(every) > 1 else tasks
-        config = DTQConfig(modules_to_not_convert=[*excluded] or None)
-        return Run(model, recipe, own, inputs, **{"config": config, **options})
-
-    runs = [make(model, recipe, inputs, options) for model in models]
-    if texts:
-        shares = text_encoder is None
-        own = Recipe.load(TEXT_RECIPE if text_encoder is None else text_encoder)
-        chosen = for_text_encoder(own, recipe.calibration, shares_budget=shares)
-        # statistics and targets are those of a transformer
-        options = options | {"statistics": None, "target": ""}
-        options |= {"shares_budget": shares, "may_stay_float": shares}
-        runs += [make(model, chosen, None, options) for model in texts]
-    return runs
-
-
-def _within_budget(
-    loaded: LoadedModel, recipe: Recipe, inputs: Any, options: dict[str, Any]
-) -> tuple[Recipe, dict[str, Any]]:
-    """Recipe and options of a denoiser whose formats the budget of the pipeline chooses.
-
-    Raises:
-        InputError: the pipeline would not be sampled.
-    """
-    if inputs is not None and loaded.pipeline is not None:
-        raise InputError("a budget of a pipeline is distributed by its own samples: omit inputs")
-    recipe = replace(recipe, allocate=replace(recipe.allocate, budget=""))
-    return recipe, {**options, "shares_budget": True}
 
 
 def quantize(
