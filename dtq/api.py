@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,21 @@ from torch import nn
 
 from dtq.calibrate.collection import Statistics
 from dtq.checkpoint.config import DTQConfig
+from dtq.errors import InputError
 from dtq.io.default_dtype import default_dtype
-from dtq.pipelines.contents import Components
-from dtq.pipelines.loading import LoadedModel, load_transformers
+from dtq.pipelines.contents import Components, text_encoders
+from dtq.pipelines.loading import LoadedModel, load_transformers, text_encoders_of
 from dtq.recipe import Recipe
 from dtq.recipe.resolve import BNB_NF4
+from dtq.runs.tasks import TaskStore
 from dtq.stages.attach_config import attach_config
 from dtq.stages.attention import attention
 from dtq.stages.autoencoder import check_vae, quantize_autoencoder
 from dtq.stages.calibrate import calibrate
 from dtq.stages.compare_transforms import compare_transforms
 from dtq.stages.finetune import finetune
+from dtq.stages.make_runs import Wanted, make_runs
 from dtq.stages.mixed_precision import mixed_precision
-from dtq.stages.open_runs import open_runs
 from dtq.stages.pipeline_budget import SharedBudget, record_sampling
 from dtq.stages.pipeline_sizes import PipelineBudget, check_budget, count_promoted
 from dtq.stages.plan import plan
@@ -36,7 +38,7 @@ from dtq.stages.run import Run
 from dtq.stages.sanity_check import sanity_check
 from dtq.stages.solve import solve
 from dtq.stages.step_policy import step_policy
-from dtq.stages.text_nf4 import quantize_text_encoders_nf4
+from dtq.stages.text_nf4 import check_nf4, quantize_text_encoders_nf4
 
 FLOAT_STAGES = (plan, calibrate, record_calls)
 """Run for every transformer of the pipeline before the first of them is changed."""
@@ -97,6 +99,53 @@ def _run_within(runs: Sequence[Run], budget: PipelineBudget) -> None:
                 for stage in MAIN_STAGES[1:]:
                     stage(run)
                 count_promoted(budget, run, spent)
+
+
+def open_runs(
+    models: Sequence[LoadedModel],
+    recipe: Recipe,
+    *,
+    inputs: Iterable[dict[str, Any]] | None = None,
+    tasks: TaskStore | None = None,
+    text_encoder: str | Path | Recipe | None = None,
+    budget: PipelineBudget | None = None,
+    **options: Any,
+) -> list[Run]:
+    """One :class:`Run` for each transformer, then one for each text encoder that is quantized.
+
+    Args:
+        models: the transformers of one pipeline, or a bare one.
+        recipe: what to do.
+        text_encoder: see :class:`~dtq.stages.make_runs.Wanted`.
+        budget: for all weight files of the pipeline.
+        inputs: keyword arguments of forwards to calibrate a bare transformer on.
+        tasks: where results of tasks are kept and shared by processes; default: in memory.
+        **options: fields of :class:`Run`: ``exclude``, ``statistics``, ``memory``, ...
+
+    Raises:
+        InputError: statistics or inputs, which belong to one transformer, are given for several; an
+            entry of ``exclude`` matches nothing.
+    """
+    inputs = None if inputs is None else list(inputs)
+    if inputs is not None and not all(isinstance(each, Mapping) for each in inputs):
+        raise InputError("inputs: expected a list of mappings, keyword arguments of a call each")
+    several = len(models) > 1
+    if several and (options.get("statistics") is not None or inputs is not None):
+        names = ", ".join(model.component for model in models)
+        raise InputError(
+            f"statistics and inputs are those of one transformer, the pipeline has {names}: "
+            f"quantize them one by one with component="
+        )
+    wanted = Wanted(recipe, text_encoder, budget)
+    pipeline, texts = models[0].pipeline, []
+    if text_encoder == BNB_NF4:  # refused now, converted at the end
+        check_nf4()
+        text_encoders_of(models[0])
+    elif wanted.text_runs:
+        optional = text_encoder is None  # a budget takes what there is
+        if not optional or (pipeline is not None and text_encoders(pipeline)):
+            texts = text_encoders_of(models[0])
+    return make_runs(models, texts, wanted, inputs=inputs, tasks=tasks, **options)
 
 
 def quantize(

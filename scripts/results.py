@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from dtq.api import run_stages
+from dtq.api import open_runs, run_stages
 from dtq.calibrate import store
 from dtq.evaluate import baselines, trajectory
 from dtq.evaluate.evaluate import compare_images, result_row
@@ -30,7 +30,6 @@ from dtq.pipelines.loading import load_transformer
 from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe import Recipe
 from dtq.stages.calibrate import collect
-from dtq.stages.open_runs import open_runs
 from dtq.stages.plan import plan
 
 EVERYTHING = frozenset({"channels", "hessian", "sample"})

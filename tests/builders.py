@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dtq.api import run_stages
+from dtq.api import open_runs, run_stages
 from dtq.calibrate.collection import Statistics
 from dtq.pipelines.loading import LoadedModel
 from dtq.recipe import Recipe
 from dtq.stages.calibrate import collect
-from dtq.stages.open_runs import open_runs
 from dtq.stages.plan import plan
 from dtq.stages.report import Report
 from dtq.stages.run import Run

@@ -133,12 +133,11 @@ def _runs(
     from dtq.allocate import parse_size
     from dtq.models import is_text_encoder
     from dtq.pipelines import loading
-    from dtq.stages.open_runs import make_runs, quantizes_text_encoders
+    from dtq.stages.make_runs import Wanted, make_runs
     from dtq.stages.plan import plan as plan_stage
 
-    wanted, memory = options["text"], options["memory"]
-    text = quantizes_text_encoders(wanted, budget)
-    found = loading.meta_models(model, components or "auto", variant, text=text)
+    memory, wanted = options["memory"], Wanted(recipe, options["text"], budget)
+    found = loading.meta_models(model, components or "auto", variant, text=wanted.text_runs)
     _, first = next(iter(found.values()))  # the dtype in which the whole pipeline is loaded
     compute = first if dtype == "auto" else loading.DTYPES[dtype]
     models: list[loading.LoadedModel] = []
@@ -146,10 +145,9 @@ def _runs(
     for name, (empty, _) in found.items():
         # a class may keep layers in float32 for some dtypes
         loaded = loading.LoadedModel(model, None, name, empty.to(compute))
-        (texts if text and is_text_encoder(empty) else models).append(loaded)
+        (texts if wanted.text_runs and is_text_encoder(empty) else models).append(loaded)
     runs = make_runs(
-        models, texts, recipe, text_encoder=wanted, budget=budget,
-        exclude=options["exclude"], target=options["target"],
+        models, texts, wanted, exclude=options["exclude"], target=options["target"],
         memory=parse_size(memory) if memory else psutil.virtual_memory().available // 2,
     )  # fmt: skip
     for run in runs:

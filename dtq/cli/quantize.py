@@ -87,13 +87,12 @@ def quantize(
     dtq quantize black-forest-labs/FLUX.1-dev --recipe w4a8 --budget 12GB -o flux-12gb
     dtq quantize demo --recipe convrot-w8a8 --to comfy-int8 -o demo-int8
     """
-    from dtq.api import run_stages
+    from dtq.api import open_runs, run_stages
     from dtq.calibrate import store
     from dtq.cli.inputs import check_names, join_workers, recipe_with, size_of_budget, source_of
     from dtq.io.memory import tune_malloc
     from dtq.pipelines.loading import load_transformers
     from dtq.runs.run_dir import run_directory
-    from dtq.stages.open_runs import open_runs
     from dtq.stages.pipeline_sizes import PipelineBudget
 
     tune_malloc()

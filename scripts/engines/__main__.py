@@ -31,6 +31,7 @@ from quantizers import QUANTIZERS, file_of
 from torch import Tensor, nn
 
 import dtq
+from dtq.api import open_runs
 from dtq.calibrate import store
 from dtq.calibrate.collection import Statistics
 from dtq.calibrate.observers import OBSERVERS
@@ -41,7 +42,6 @@ from dtq.pipelines.recording import sample_calls
 from dtq.pipelines.settings import SamplingSettings
 from dtq.recipe import Recipe
 from dtq.stages.calibrate import collect
-from dtq.stages.open_runs import open_runs
 from dtq.stages.plan import plan
 
 MODELS = ("demo", "demo-outliers", "demo-video")
