@@ -22,13 +22,14 @@ from dtq.runs.tasks import TaskStore
 from dtq.stages.attach_config import attach_config
 from dtq.stages.attention import attention
 from dtq.stages.autoencoder import check_vae, quantize_autoencoder
+from dtq.stages.budget_rounds import BudgetRounds
 from dtq.stages.calibrate import calibrate
 from dtq.stages.compare_transforms import compare_transforms
 from dtq.stages.finetune import finetune
 from dtq.stages.make_runs import Wanted, make_runs
 from dtq.stages.mixed_precision import mixed_precision
 from dtq.stages.pipeline_budget import SharedBudget, record_sampling
-from dtq.stages.pipeline_sizes import PipelineBudget, check_budget, count_promoted
+from dtq.stages.pipeline_sizes import PipelineBudget, check_budget
 from dtq.stages.plan import plan
 from dtq.stages.promote import promote
 from dtq.stages.record_calls import record_calls
@@ -92,13 +93,13 @@ def _run_within(runs: Sequence[Run], budget: PipelineBudget) -> None:
     if runs[0].tasks.workers.is_main:
         for run in runs:
             promote(run)  # of a recipe that the user chose: its bytes count as they are then
-        shared.spend()
+        for changed in BudgetRounds(shared):
+            for run in changed:
+                for stage in MAIN_STAGES[1:-1]:
+                    stage(run)
         for run in runs:
             if run.plan.quantized():
-                spent = run.plan
-                for stage in MAIN_STAGES[1:]:
-                    stage(run)
-                count_promoted(budget, run, spent)
+                attach_config(run)
 
 
 def open_runs(
