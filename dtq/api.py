@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,19 @@ from dtq.io.default_dtype import default_dtype
 from dtq.pipelines.contents import Components, text_encoders
 from dtq.pipelines.loading import LoadedModel, load_transformers, text_encoders_of
 from dtq.recipe import Recipe
-from dtq.recipe.resolve import BNB_NF4, KEEP, TEXT_RECIPE, for_text_encoder
-from dtq.recipe.selectors import check_patterns, pattern_list
+from dtq.recipe.resolve import BNB_NF4
 from dtq.runs.tasks import TaskStore
 from dtq.stages.attach_config import attach_config
 from dtq.stages.attention import attention
 from dtq.stages.autoencoder import check_vae, quantize_autoencoder
+from dtq.stages.budget_rounds import BudgetRounds
 from dtq.stages.calibrate import calibrate
 from dtq.stages.compare_transforms import compare_transforms
 from dtq.stages.finetune import finetune
+from dtq.stages.make_runs import Wanted, make_runs
 from dtq.stages.mixed_precision import mixed_precision
 from dtq.stages.pipeline_budget import SharedBudget, record_sampling
-from dtq.stages.pipeline_sizes import PipelineBudget, check_budget, count_promoted
+from dtq.stages.pipeline_sizes import PipelineBudget, check_budget
 from dtq.stages.plan import plan
 from dtq.stages.promote import promote
 from dtq.stages.record_calls import record_calls
@@ -93,13 +93,13 @@ def _run_within(runs: Sequence[Run], budget: PipelineBudget) -> None:
     if runs[0].tasks.workers.is_main:
         for run in runs:
             promote(run)  # of a recipe that the user chose: its bytes count as they are then
-        shared.spend()
+        for changed in BudgetRounds(shared):
+            for run in changed:
+                for stage in MAIN_STAGES[1:-1]:
+                    stage(run)
         for run in runs:
             if run.plan.quantized():
-                spent = run.plan
-                for stage in MAIN_STAGES[1:]:
-                    stage(run)
-                count_promoted(budget, run, spent)
+                attach_config(run)
 
 
 def open_runs(
@@ -117,8 +117,7 @@ def open_runs(
     Args:
         models: the transformers of one pipeline, or a bare one.
         recipe: what to do.
-        text_encoder: what to do with the text encoders: ``keep``, ``bnb-nf4`` (they are converted
-            after the run), or a recipe. None: the budget decides, and without one they are kept.
+        text_encoder: see :class:`~dtq.stages.make_runs.Wanted`.
         budget: for all weight files of the pipeline.
         inputs: keyword arguments of forwards to calibrate a bare transformer on.
         tasks: where results of tasks are kept and shared by processes; default: in memory.
@@ -138,51 +137,16 @@ def open_runs(
             f"statistics and inputs are those of one transformer, the pipeline has {names}: "
             f"quantize them one by one with component="
         )
-    tasks = tasks or TaskStore()
-    if budget is not None:
-        recipe, options = _within_budget(models[0], recipe, inputs, options)
-    pipeline = models[0].pipeline
-    if text_encoder is None and (budget is None or pipeline is None or not text_encoders(pipeline)):
-        text_encoder = KEEP
+    wanted = Wanted(recipe, text_encoder, budget)
+    pipeline, texts = models[0].pipeline, []
     if text_encoder == BNB_NF4:  # refused now, converted at the end
         check_nf4()
         text_encoders_of(models[0])
-        text_encoder = KEEP
-    texts = [] if text_encoder == KEEP else text_encoders_of(models[0])
-    every = [*models, *texts]
-    excluded = pattern_list(options.get("exclude"), "modules_to_not_convert")
-    check_patterns(excluded, [each.model for each in every], "modules_to_not_convert (--exclude)")
-    options["exclude"] = excluded
-
-    def make(model: LoadedModel, recipe: Recipe, inputs: Any, options: dict[str, Any]) -> Run:
-        own = tasks.namespace(model.component) if len(every) > 1 else tasks
-        config = DTQConfig(modules_to_not_convert=[*excluded] or None)
-        return Run(model, recipe, own, inputs, **{"config": config, **options})
-
-    runs = [make(model, recipe, inputs, options) for model in models]
-    if texts:
-        shares = text_encoder is None
-        own = Recipe.load(TEXT_RECIPE if text_encoder is None else text_encoder)
-        chosen = for_text_encoder(own, recipe.calibration, shares_budget=shares)
-        # statistics and targets are those of a transformer
-        options = options | {"statistics": None, "target": ""}
-        options |= {"shares_budget": shares, "may_stay_float": shares}
-        runs += [make(model, chosen, None, options) for model in texts]
-    return runs
-
-
-def _within_budget(
-    loaded: LoadedModel, recipe: Recipe, inputs: Any, options: dict[str, Any]
-) -> tuple[Recipe, dict[str, Any]]:
-    """Recipe and options of a denoiser whose formats the budget of the pipeline chooses.
-
-    Raises:
-        InputError: the pipeline would not be sampled.
-    """
-    if inputs is not None and loaded.pipeline is not None:
-        raise InputError("a budget of a pipeline is distributed by its own samples: omit inputs")
-    recipe = replace(recipe, allocate=replace(recipe.allocate, budget=""))
-    return recipe, {**options, "shares_budget": True}
+    elif wanted.text_runs:
+        optional = text_encoder is None  # a budget takes what there is
+        if not optional or (pipeline is not None and text_encoders(pipeline)):
+            texts = text_encoders_of(models[0])
+    return make_runs(models, texts, wanted, inputs=inputs, tasks=tasks, **options)
 
 
 def quantize(

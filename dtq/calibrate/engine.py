@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from dtq.calibrate.collection import Statistics
 from dtq.calibrate.hooks import CalibrationHooks
+from dtq.calibrate.mixed_prompts import MixedPrompts
 from dtq.calibrate.observers import InputStats
 from dtq.errors import InputError
 from dtq.models import InputGroup, is_text_encoder, sibling_key
@@ -162,9 +164,12 @@ def collect_shard(
         progress: show a bar over all batches, those of other shards included.
     """
     hooks = CalibrationHooks(loaded, input_groups, settings.num_timestep_bins, needs, run.first)
-    per_batch = settings.steps if run.origin == "pipeline" else 1
+    mixes = settings.mixed_prompts if is_text_encoder(loaded.model) else 0
+    mixed = MixedPrompts(loaded.model, mixes, settings.seed) if mixes else None
+    per_batch = settings.steps if run.origin == "pipeline" else 1 + mixes
     with (
         hooks.attached(),
+        mixed.attached() if mixed else nullcontext(),
         torch.no_grad(),
         tqdm(
             total=run.batches * per_batch or None, initial=batches.start * per_batch,
@@ -175,6 +180,8 @@ def collect_shard(
         hooks.after_call = bar.update
         for i in batches:
             hooks.begin(i)
+            if mixed:
+                mixed.begin(i)
             run.run(i)
             if run.origin == "pipeline" and i == batches.start:
                 if not hooks.calls:
@@ -189,6 +196,7 @@ def collect_shard(
         "calls": hooks.calls,
         "guidance": settings.described_guidance,
         **{k: getattr(settings, k) for k in ("prompts", "samples", "steps", "seed")},
+        **({"mixed_prompts": mixes} if mixes else {}),
     }
     return Statistics(hooks.stats, tuple(hooks.edges), about)
 

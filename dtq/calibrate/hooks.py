@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dtq.calibrate.observers import InputStats, SampleOrigin
-from dtq.models import InputGroup
+from dtq.models import InputGroup, is_text_encoder
 from dtq.models.linears import input_of, rows_of
 from dtq.models.timestep import timestep_edges, timestep_of
 from dtq.pipelines.loading import LoadedModel
@@ -26,7 +26,8 @@ class CalibrationHooks:
     """Forward hooks that pass the inputs of linears to their observers.
 
     A pipeline may run the layers of a text encoder and never its forward (Ideogram 4). There, a
-    call begins when a linear is reached that the call before it has reached.
+    call begins when a linear is reached that the call before it has reached. Rows of padding that
+    the mask of a text encoder's call names are left out: nothing reads what becomes of them.
 
     Args:
         loaded: the float model.
@@ -61,6 +62,8 @@ class CalibrationHooks:
         self._call = self._bin = 0
         self._batch_size = 1
         self._inside = False  # of the model's forward
+        self._reads_text = is_text_encoder(loaded.model)
+        self._real: Tensor | None = None  # whether a row of the call is no padding
         self._reached: set[str] = set()  # outside of it, in the current call
 
     def begin(self, batch: int) -> None:
@@ -85,6 +88,7 @@ class CalibrationHooks:
         bound = self._signature.bind_partial(*args, **kwargs).arguments
         first = next((v for v in bound.values() if isinstance(v, Tensor)), None)
         self._batch_size = first.shape[0] if first is not None and first.ndim else 1
+        self._real = _real_rows(first, bound.get("attention_mask")) if self._reads_text else None
         timestep = timestep_of(self.model, args, kwargs)
         if not self.edges and self.bins > 1:
             noisiest = timestep if self.first is None else self.first
@@ -92,7 +96,7 @@ class CalibrationHooks:
         self._bin = sum(timestep > edge for edge in self.edges)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self._inside = False
+        self._inside, self._real = False, None
         self._count()
 
     def _count(self) -> None:
@@ -111,4 +115,15 @@ class CalibrationHooks:
         rows = rows_of(module, input_of(args, kwargs))
         halves = 2 if self._batch_size > 1 and len(rows) % 2 == 0 else 1
         branch = torch.arange(len(rows)) * halves // max(1, len(rows))
-        self.stats[name].observe(rows, SampleOrigin(self._bin, self._call, branch.clamp(max=1)))
+        branch = branch.clamp(max=1)
+        if self._real is not None and len(self._real) == len(rows):
+            real = self._real.to(rows.device)
+            rows, branch = rows[real], branch[self._real]
+        self.stats[name].observe(rows, SampleOrigin(self._bin, self._call, branch))
+
+
+def _real_rows(ids: Tensor | None, mask: object) -> Tensor | None:
+    """Whether each of the tokens (B * tokens,) is no padding; None where that is not known."""
+    if ids is None or not isinstance(mask, Tensor) or mask.shape != ids.shape or not mask.any():
+        return None
+    return mask.flatten().cpu() != 0

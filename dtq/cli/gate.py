@@ -66,8 +66,9 @@ class Gate(click.Group):
 
 
 policy_option = click.option(
-    "--policy", default="default", metavar="NAME",
-    help="Name of a shipped policy, or a YAML file: metrics, margins, alpha, looks.",
+    "--policy", default="auto", metavar="NAME",
+    help="Name of a shipped policy, or a YAML file: metrics, margins, alpha, looks. Default: the "
+         "policy sound for sounds, default for images and videos.",
 )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def check(
         raise InputError(
             f"{' and '.join(without)}: has no errors of components; dtq eval --components adds them"
         )
-    verdict = decide(result, base, Policy.load(policy))
+    verdict = decide(result, base, Policy.of_runs(policy, result, base))
     text = run_file.text(verdict.to_json())
     if out is not None:
         out.write_text(text, encoding="utf-8")
@@ -196,7 +197,9 @@ def accept(run: Path, baseline: Path, reason: str, policy: str, who: str | None)
     from dtq.evaluate.gate import baseline_file
     from dtq.evaluate.gate.policy import Policy
 
-    new = baseline_file.accept(run_file.read(run), baseline, reason, Policy.load(policy), who or "")
+    accepted = run_file.read(run)
+    chosen = Policy.of_runs(policy, accepted)
+    new = baseline_file.accept(accepted, baseline, reason, chosen, who or "")
     last = new.get("against_the_last")
     words = f"; against the last one: {last['verdict']}" if last else ", the first one"
     click.echo(f"{baseline}: {new['recipe']} {new['checkpoint']}, by {new['who']}{words}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,8 +16,6 @@ from dtq.cli.output import duration, fold, print_unknown, size, table
 from dtq.errors import InputError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from dtq.estimate import Estimate
@@ -84,8 +82,8 @@ def plan(
     runs, compute, mapped = _runs(model, components, dtype, variant, recipe, budget, options)
     data: dict[str, dict[str, Any]] = {}
     local = has_pipeline and folder.exists()
-    source = folder if local else None
-    for run, cost in _costs(runs, compute, mapped, source, has_pipeline):
+    pipeline, unknown = sampling_memory.without_weights(folder) if local else (None, "")
+    for run, cost in _costs(runs, compute, mapped, pipeline, has_pipeline):
         name = run.loaded.component
         data[name] = _to_json(run, cost)
         if not as_json:
@@ -109,7 +107,9 @@ def plan(
     if budget is None and len(files) > 1 and not as_json:
         _print_shares(files)
     if local:
-        sampling = sampling_memory.estimated(folder, recipe, batch, compute, plans)
+        sampling: dict[str, Any] = {"unknown": unknown}
+        if pipeline is not None:  # its models were float while the calibration was estimated
+            sampling = sampling_memory.estimated(pipeline, recipe, batch, compute, plans)
         for entry in data.values():
             entry["sampling"] = sampling
         if not as_json:
@@ -133,57 +133,46 @@ def _runs(
     from dtq.allocate import parse_size
     from dtq.models import is_text_encoder
     from dtq.pipelines import loading
-    from dtq.recipe import Recipe
-    from dtq.recipe.resolve import BNB_NF4, KEEP, TEXT_RECIPE, for_text_encoder
-    from dtq.recipe.selectors import check_patterns
+    from dtq.stages.make_runs import Wanted, make_runs
     from dtq.stages.plan import plan as plan_stage
-    from dtq.stages.run import Run
 
-    wanted, memory = options["text"], options["memory"]
-    text = wanted not in (KEEP, BNB_NF4) and (wanted is not None or budget is not None)
-    models = loading.meta_models(model, components or "auto", variant, text=text)
-    check_patterns(options["exclude"], [empty for empty, _ in models.values()], "--exclude")
-    limit = parse_size(memory) if memory else psutil.virtual_memory().available // 2
-    _, first = next(iter(models.values()))  # the dtype in which the whole pipeline is loaded
+    memory, wanted = options["memory"], Wanted(recipe, options["text"], budget)
+    found = loading.meta_models(model, components or "auto", variant, text=wanted.text_runs)
+    _, first = next(iter(found.values()))  # the dtype in which the whole pipeline is loaded
     compute = first if dtype == "auto" else loading.DTYPES[dtype]
-    shared = budget is not None
-    if shared:
-        recipe = replace(recipe, allocate=replace(recipe.allocate, budget=""))
-    runs = []
-    for name, (empty, _) in models.items():
+    models: list[loading.LoadedModel] = []
+    texts: list[loading.LoadedModel] = []
+    for name, (empty, _) in found.items():
         # a class may keep layers in float32 for some dtypes
         loaded = loading.LoadedModel(model, None, name, empty.to(compute))
-        own, free, to = recipe, False, options["target"]
-        if text and is_text_encoder(empty):
-            free, to = wanted is None, ""
-            own = Recipe.load(wanted or TEXT_RECIPE)
-            own = for_text_encoder(own, recipe.calibration, shares_budget=free)
-        shares = shared and (free or own is recipe)
-        run = Run(
-            loaded, own, exclude=options["exclude"], memory=limit, target=to,
-            shares_budget=shares, may_stay_float=free,
-        )  # fmt: skip
+        (texts if wanted.text_runs and is_text_encoder(empty) else models).append(loaded)
+    runs = make_runs(
+        models, texts, wanted, exclude=options["exclude"], target=options["target"],
+        memory=parse_size(memory) if memory else psutil.virtual_memory().available // 2,
+    )  # fmt: skip
+    for run in runs:
         plan_stage(run)
-        runs.append(run)
-    return runs, compute, {name for name, (_, stored) in models.items() if stored == compute}
+    return runs, compute, {name for name, (_, stored) in found.items() if stored == compute}
 
 
 def _costs(
     runs: list[Run],
     compute: torch.dtype,
     mapped: set[str],
-    folder: Path | None,
+    pipeline: Any,
     has_pipeline: bool,
 ) -> Iterator[tuple[Run, Estimate]]:
-    """Planned runs, each with its estimate; ``folder`` is that of a local pipeline."""
+    """Planned runs, each with its estimate; ``pipeline`` is a local one without weights."""
     from dtq.estimate import estimate
     from dtq.estimate.calibrating import calibrating_memory
     from dtq.stages.calibrate import statistics_needed
 
-    settings = runs[0].recipe.calibration
-    held = calibrating_memory(folder, settings, compute, mapped=bool(mapped)) if folder else None
-    for run in runs:
-        needs, name = statistics_needed(run.recipe, has_pipeline), run.loaded.component
+    every = [statistics_needed(run.recipe, has_pipeline) for run in runs]
+    held, settings = None, runs[0].recipe.calibration
+    if pipeline is not None and any(every):
+        held = calibrating_memory(pipeline, settings, compute, mapped=bool(mapped))
+    for run, needs in zip(runs, every, strict=True):
+        name = run.loaded.component
         cost = estimate(
             run, compute, needs=needs, mapped=name in mapped, has_pipeline=has_pipeline,
             around=held.around(name) if held and needs else 0,

@@ -27,13 +27,23 @@ MODES = {
 }
 
 
+def without_weights(folder: Path) -> tuple[Any, str]:
+    """The pipeline of a folder with models on the meta device; or None, and why there is none."""
+    from dtq.estimate.fake_pipeline import meta_pipeline
+
+    try:
+        return meta_pipeline(folder), ""
+    except (InputError, CheckpointError) as error:
+        return None, str(error)
+
+
 def estimated(
-    folder: Path, recipe: Recipe, batch: int, dtype: torch.dtype, plans: Mapping[str, Plan]
+    pipeline: Any, recipe: Recipe, batch: int, dtype: torch.dtype, plans: Mapping[str, Plan]
 ) -> dict[str, Any]:
     """Estimated peak bytes while sampling, by offload mode.
 
     Args:
-        folder: of the pipeline.
+        pipeline: of :func:`without_weights`; its models are changed.
         recipe: its calibration gives guidance and the arguments of the call.
         batch: images sampled at a time.
         dtype: compute dtype.
@@ -43,13 +53,12 @@ def estimated(
         Of the JSON output: ``modes``, ``fits`` (GB), ``weights``, ``activations``, ``batch``; or
         ``unknown``, the reason why the pipeline does not run without weights.
     """
-    from dtq.estimate.fake_pipeline import meta_pipeline
     from dtq.estimate.sampling import sampling_memory
 
     settings = replace(recipe.calibration, batch_size=batch, samples=batch, steps=2)
     try:
-        found = sampling_memory(meta_pipeline(folder), settings, dtype, plans)
-    except (InputError, CheckpointError) as error:
+        found = sampling_memory(pipeline, settings, dtype, plans)
+    except InputError as error:
         return {"unknown": str(error)}
     return {
         "batch": batch,

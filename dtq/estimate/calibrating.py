@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from dtq.errors import CheckpointError, InputError
-from dtq.estimate.fake_pipeline import meta_modules, meta_pipeline
+from dtq.errors import InputError
 from dtq.estimate.sampling import sampling_memory
 from dtq.estimate.size import resident_weights
 from dtq.pipelines.settings import SamplingSettings
@@ -33,25 +33,26 @@ class CalibratingMemory:
 
 
 def calibrating_memory(
-    folder: Path, settings: SamplingSettings, dtype: torch.dtype, *, mapped: bool
+    pipeline: Any, settings: SamplingSettings, dtype: torch.dtype, *, mapped: bool
 ) -> CalibratingMemory | None:
     """Estimate it from a run without weights; None for a pipeline that cannot make one.
 
     ``dtq plan`` says why it cannot, where it shows the memory while sampling.
 
     Args:
-        folder: of the pipeline.
+        pipeline: float, with models on the meta device; they are cast to ``dtype``.
         settings: of the calibration; two steps are taken, as all are alike, and one batch.
         dtype: compute dtype.
         mapped: see :func:`~dtq.estimate.size.resident_weights`.
     """
     few = replace(settings, samples=settings.batch_size, steps=2)
-    try:
-        found = sampling_memory(meta_pipeline(folder), few, dtype)
-    except (InputError, CheckpointError):
-        return None
     weights = {
         name: resident_weights(model, dtype, mapped=mapped)
-        for name, model in meta_modules(folder).items()
+        for name, model in pipeline.components.items()
+        if isinstance(model, nn.Module)
     }
+    try:
+        found = sampling_memory(pipeline, few, dtype)
+    except InputError:
+        return None
     return CalibratingMemory(weights, found.modes["none"] - sum(found.weights.values()))

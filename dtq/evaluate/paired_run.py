@@ -18,7 +18,7 @@ from dtq.evaluate import requested_metrics, trajectory
 from dtq.evaluate.embeddings import quantized_text_encoders
 from dtq.evaluate.fingerprint import fingerprint, hardware, recipe_of
 from dtq.evaluate.gate.metrics import EQUAL_DB
-from dtq.evaluate.metrics import images, video
+from dtq.evaluate.metrics import images, sound, video
 from dtq.evaluate.run_file import Run, Sample
 from dtq.evaluate.trajectory import Trajectory
 from dtq.pipelines import call_defaults, prompts
@@ -315,7 +315,11 @@ def _values(
     divergence = [steps[1:] or steps for steps in distance]
     columns: dict[str, Sequence[Any]] = {"error": error, "divergence": divergence}
     candidates, floats = torch.cat(own.images), torch.cat(reference.images)
-    if floats.ndim > 3:  # not for sounds
+    if floats.ndim == 3:
+        found = sound.sound_metrics(candidates, floats)
+        found["snr"] = found["snr"].clamp(max=EQUAL_DB)
+        columns |= {k: v.tolist() for k, v in found.items()}
+    else:
         psnr = images.psnr(candidates, floats).clamp(max=EQUAL_DB)
         columns["psnr"] = psnr.tolist()
         flat = [batch.reshape(-1, *batch.shape[-3:]) for batch in (candidates, floats)]

@@ -40,14 +40,14 @@ def _token_ids(forward: ForwardInputs) -> Any:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     tokens = min(WORDS, int(getattr(text, "max_position_embeddings", None) or WORDS))
     ids = torch.randint(0, text.vocab_size, (forward.batch, tokens), generator=forward.rng)
-    special = _special_ids(config)
+    special = special_ids(config)
     plain = next(i for i in range(text.vocab_size) if i not in special)
     for value in special:
         ids[ids == value] = plain
     return ids
 
 
-def _special_ids(config: Any) -> set[int]:
+def special_ids(config: Any) -> set[int]:
     """Ids that a configuration names; some are not set, and Llama 3 has several ends of text."""
     named = [v for k, v in vars(config).items() if k.endswith(("token_id", "token_index"))]
     every = [each for value in named for each in (value if isinstance(value, list) else [value])]

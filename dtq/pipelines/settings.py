@@ -24,6 +24,8 @@ class SamplingSettings:
             observed separately, and the results are merged in order. Several processes can
             therefore share the work and get the result of a single process.
         num_timestep_bins: timestep bins of the statistics.
+        mixed_prompts: for text encoders: further calls in calibration for each of a prompt, with a
+            half of its tokens replaced by random ones.
         seed: seed of the latents.
         pipeline_args: more arguments of the pipeline call: ``{height: 512, num_frames: 17}``.
         images: an image file or a folder of images, for pipelines that need input images. Empty:
@@ -37,6 +39,7 @@ class SamplingSettings:
     batch_size: int = 8
     num_shards: int = 8
     num_timestep_bins: int = 8
+    mixed_prompts: int = 0
     seed: int = 0
     pipeline_args: dict[str, Any] = field(default_factory=dict)
     images: str = ""

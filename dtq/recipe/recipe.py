@@ -29,11 +29,11 @@ ATTENTION = ("float", "int8")
 """How attention is computed on a CPU."""
 
 _LEAST = {"samples": 1, "batch_size": 1, "num_shards": 1, "num_timestep_bins": 1} | dict.fromkeys(
-    ("steps", "guidance", "seed"), 0
+    ("steps", "guidance", "seed", "mixed_prompts"), 0
 )
 _MOST = {
     "samples": 10**6, "steps": 10**4, "batch_size": 10**4, "num_timestep_bins": 1000,
-    "seed": 2**40,
+    "seed": 2**40, "mixed_prompts": 1000,
 }  # fmt: skip
 """Above these even the lists of samples and bins would not fit in memory."""
 

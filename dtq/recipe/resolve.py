@@ -47,7 +47,8 @@ def for_text_encoder(
 
     Args:
         recipe: of the text encoders.
-        calibration: of the transformer; the text encoders are calibrated on the same prompts.
+        calibration: of the transformer; the text encoders are calibrated on the same prompts, and
+            on as many mixed ones as their own recipe says.
         shares_budget: a budget chooses between the recipe's format and 8 bits per weight.
     """
     if shares_budget:
@@ -55,7 +56,9 @@ def for_text_encoder(
         recipe = replace(recipe, allocate=replace(recipe.allocate, formats=formats))
     return replace(
         recipe,
-        calibration=replace(calibration, num_timestep_bins=1),
+        calibration=replace(
+            calibration, num_timestep_bins=1, mixed_prompts=recipe.calibration.mixed_prompts
+        ),
         step_policy=StepPolicySearch(),
         attention="float",
     )

@@ -78,6 +78,10 @@ class SharedBudget:
         runs: of the whole pipeline, solved.
         budget: for all files.
         sampling: of :func:`record_sampling`.
+
+    Attributes:
+        kept: layers that stay float whatever the budget chooses, by component.
+        counted: bytes of the files of models that no longer are float, by component.
     """
 
     def __init__(
@@ -85,17 +89,20 @@ class SharedBudget:
     ) -> None:
         self.runs, self.budget, self.sampling = runs, budget, sampling
         self.shared = {run.loaded.component: run for run in runs if run.shares_budget}
+        self.members: dict[str, dict[str, list[str]]] = {}
         self.results: dict[str, Results] = {}
         self.tables: dict[str, dict[str, float]] = {}
         self.costs: dict[str, dict[str, int]] = {}
         self.weights: dict[str, int] = {}
         self.owner: dict[str, str] = {}
         self.others = other_models(runs, budget.nf4)
+        self.kept: dict[str, dict[str, LayerPlan]] = {name: {} for name in self.shared}
+        self.counted: dict[str, int] = {}
 
     def measure(self) -> None:
         """Solve every format and measure the damage of each; the processes share the work."""
         for name, run in self.shared.items():
-            members = members_of(run)
+            members = self.members[name] = members_of(run)
             results = self.results[name] = solve_every_format(run, members)
             damage = self._damage(run, results)
             costs = costs_of(results, run.plan.bins)
@@ -193,6 +200,37 @@ class SharedBudget:
             }
         self.budget.outcome = self._outcome(chosen)
 
+    def fix(self, run: Run, layer: str, result: LayerResult | None) -> bool:
+        """Give a layer the same result in every format that the budget chooses from.
+
+        Args:
+            run: of its model.
+            layer: its name.
+            result: the layer; None: it stays float.
+
+        Returns:
+            Whether the budget chooses the format of that layer.
+        """
+        name = run.loaded.component
+        groups = [g for g, layers in self.members[name].items() if layer in layers]
+        for group in groups:
+            options, item = self.results[name][group], f"{name}/{group}"
+            for option, layers in options.items():
+                others = {k: r for k, r in layers.items() if k != layer}
+                solved = others if result is None else {**others, layer: result}
+                options[option] = solved
+                floats = sum(
+                    math.prod(run.plan[k].shape) * run.loaded.dtype.itemsize
+                    for k in self.members[name][group]
+                    if k not in solved
+                )
+                stored = sum(r.plan.nbytes(run.plan.bins) for r in solved.values())
+                self.costs[item][option] = stored + floats
+        return bool(groups)
+
+    def _left(self, name: str, layer: LayerPlan) -> LayerPlan:
+        return self.kept[name].get(layer.name, left_float(layer))
+
     def _total(self, choice: Mapping[str, str]) -> int:
         return sum(self._files(choice).values())
 
@@ -201,6 +239,9 @@ class SharedBudget:
         files = {name: size for name, (_, size) in self.others.items()}
         for run in self.runs:
             name = run.loaded.component
+            if name in self.counted:
+                files[name] = self.counted[name]
+                continue
             plan = self._chosen_plan(run, name, choice) if name in self.shared else run.plan
             files[name] = model_bytes(run.model, plan, run.loaded.dtype)
         if VAE in choice:
@@ -213,21 +254,19 @@ class SharedBudget:
         """The plan of a run under a choice; layers outside of input groups are as solved."""
         plan, layers = run.plan, {x.name: run.results[x.name].plan for x in run.plan.quantized()}
         for group, options in self.results[name].items():
-            option = choice[f"{name}/{group}"]
-            for layer in next(iter(options.values())):
-                solved = options.get(option)
-                layers[layer] = left_float(plan[layer]) if solved is None else solved[layer].plan
+            solved = options.get(choice[f"{name}/{group}"], {})
+            for layer in self.members[name][group]:
+                found = solved.get(layer)
+                layers[layer] = self._left(name, plan[layer]) if found is None else found.plan
         return plan.with_layers(layers)
 
     def _apply(self, run: Run, name: str, choice: Mapping[str, str]) -> None:
         changed: dict[str, LayerPlan] = {}
         for group, options in self.results[name].items():
-            option = choice[f"{name}/{group}"]
-            if option in options:
-                run.results |= options[option]
-                continue
-            for layer in next(iter(options.values())):
-                changed[layer] = left_float(run.plan[layer])
+            solved = options.get(choice[f"{name}/{group}"], {})
+            run.results |= solved
+            for layer in {*self.members[name][group]} - {*solved}:
+                changed[layer] = self._left(name, run.plan[layer])
                 del run.results[layer]
         run.plan = finalize(run.plan.with_layers(changed), run.results)
         run.report.plan = run.plan

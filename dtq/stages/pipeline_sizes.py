@@ -190,35 +190,6 @@ def check_budget(runs: Sequence[Run], budget: PipelineBudget) -> Sizes:
     return found
 
 
-def count_promoted(budget: PipelineBudget, run: Run, before: Plan) -> None:
-    """Add what the sanity check has promoted to the outcome of a budget, with a warning beyond it.
-
-    Args:
-        budget: its outcome is changed.
-        run: of the component whose layers they are.
-        before: its plan when the budget was spent.
-    """
-    after, dtype, component = run.plan, run.loaded.dtype, run.loaded.component
-    more = {
-        x.name: x.nbytes(after.bins, dtype) - y.nbytes(before.bins, dtype)
-        for x, y in zip(after.layers, before.layers, strict=True)
-        if x.spec != y.spec
-    }
-    if not more:
-        return
-    outcome, added = budget.outcome, sum(more.values())
-    over = max(0, outcome["bytes"] - budget.bytes)
-    outcome["bytes"] += added
-    outcome["components"][component]["bytes"] += added
-    if outcome["bytes"] - budget.bytes > over:
-        log.warning(
-            "all weight files take %d bytes more than the budget of %d, because the sanity check "
-            "promoted %s: lower the budget by that, or leave the sanity check out "
-            "(--no-sanity-check, sanity_check=False)",
-            outcome["bytes"] - budget.bytes, budget.bytes, ", ".join(more),
-        )  # fmt: skip
-
-
 def refuse_too_small(budget: int, found: Sizes, name: str) -> None:
     """Refuse a budget below the smallest size.
 

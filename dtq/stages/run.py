@@ -47,6 +47,7 @@ class Run:
         recorded: inputs and outputs of the float model.
         results: quantized layers by name; a layer leaves when it replaces the float one (memory).
         floats: float linears that were replaced, for the stages that compare with them.
+        promoted: layers that the sanity check has promoted, solved; None: left float.
         report: what was decided and measured.
     """
 
@@ -69,6 +70,7 @@ class Run:
     recorded: list[RecordedCall] = field(default_factory=list)
     results: dict[str, LayerResult] = field(default_factory=dict)
     floats: dict[str, nn.Module] = field(default_factory=dict)
+    promoted: dict[str, LayerResult | None] = field(default_factory=dict)
     report: Report = field(default_factory=Report)
 
     @property

@@ -191,6 +191,7 @@ def _promote(run: Run, failure: Failure) -> Promotion:
         reports.remove(report)
         finalize(run.model, ())
         run.plan = run.plan.with_layers({name: unquantized})
+        run.promoted[name] = None
         dtype = str(next(old.parameters()).dtype).removeprefix("torch.")
         return Promotion(name, dtype, failure.why)
     weight = matrix_of(old)
@@ -203,6 +204,7 @@ def _promote(run: Run, failure: Failure) -> Promotion:
     result.report.promoted, result.report.error_before = True, report.error
     reports[reports.index(report)] = result.report
     run.plan = run.plan.with_layers({name: replace(result.plan, note=note)})
+    run.promoted[name] = replace(result, plan=run.plan[name])
     return Promotion(name, raised.weight_format, failure.why)
 
 

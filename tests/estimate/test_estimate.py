@@ -17,6 +17,7 @@ from dtq.calibrate import engine
 from dtq.cli import main
 from dtq.estimate import duration, estimate
 from dtq.estimate.calibrating import calibrating_memory
+from dtq.estimate.fake_pipeline import meta_pipeline
 from dtq.io.schema import MethodSpec
 from dtq.pipelines.loading import load_transformer
 from dtq.recipe import Recipe
@@ -187,7 +188,9 @@ def test_what_a_pipeline_holds_while_it_calibrates_is_in_the_peak(folder):
     held = {}
     for batch in (2, 8):
         calibration = replace(RECIPE.calibration, batch_size=batch)
-        held[batch] = calibrating_memory(folder, calibration, torch.float32, mapped=False)
+        held[batch] = calibrating_memory(
+            meta_pipeline(folder), calibration, torch.float32, mapped=False
+        )
     vae = load_transformer(str(folder)).pipeline.vae
     stored = sum(t.nbytes for t in vae.state_dict().values())
     assert held[2].weights["vae"] == held[8].weights["vae"] == stored

@@ -157,7 +157,7 @@ def test_evaluation_and_report(float_folder, quantized_folder, tmp_path):
     held = run_file.parse(json.loads(run_file.text(result.to_json())))
     assert [s.seed for s in held.samples] == [5 * 1_000_003 + i for i in range(4)]
     assert len({s.prompt for s in held.samples}) == 4
-    every = {name for name, metric in METRICS.items() if metric.when == "always"}
+    every = {name for name, metric in METRICS.items() if metric.when in ("always", "image")}
     assert set(held.values) == set(held.rerun) == every
     errors = torch.tensor(list(held.values["error"].values()))
     assert errors.shape == (4, 3)

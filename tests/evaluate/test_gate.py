@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import gate as measured  # scripts/gate.py
@@ -17,7 +19,10 @@ from dtq.evaluate import run_file
 from dtq.evaluate.gate import policy
 from dtq.evaluate.gate.bootstrap import holm, paired, samples_needed, sign_test
 from dtq.evaluate.gate.decision import Outcome, decide
+from dtq.evaluate.gate.metrics import EQUAL_DB
 from dtq.evaluate.gate.policy import Limit, Policy
+from dtq.evaluate.metrics import sound
+from dtq.evaluate.metrics.sound import sound_metrics
 from dtq.evaluate.run_file import Run, Sample
 from dtq.io import safe_parse
 
@@ -468,3 +473,54 @@ def test_a_policy_by_name():
         Policy.load("nowhere.yaml")
     a, b = Policy.load("default"), Policy(**{**vars(Policy.load("default")), "alpha": 0.01})
     assert a.key() == Policy(**{**vars(a), "name": "other"}).key() != b.key()
+
+
+# --- sounds
+
+
+def test_sounds_have_a_policy_of_their_own():
+    """Quieter or noisier sounds are found although the error of the transformer is the same."""
+    t = torch.arange(4000) / 16000
+    tones = torch.stack([(2 * torch.pi * (200 + 50 * i) * t).sin() for i in range(32)])[:, None]
+    noise = 0.01 * torch.randn(tones.shape, generator=torch.Generator().manual_seed(0))
+    cases = {
+        "same": tones,
+        "quiet": 0.8 * tones,
+        "noisy": tones + noise,
+        "inverted": -tones,
+    }
+    runs = {}
+    for name, sounds in cases.items():
+        runs[name] = a_run()
+        for table in (runs[name].values, runs[name].rerun):
+            found = sound_metrics(sounds, tones)
+            found["snr"] = found["snr"].clamp(max=EQUAL_DB)
+            del table["psnr"]
+            table["divergence"] = table["error"]
+            table |= {
+                k: dict(zip(table["error"], v.tolist(), strict=True)) for k, v in found.items()
+            }
+    chosen = Policy.of_runs("auto", *runs.values())
+    assert chosen.name == "sound"
+    assert Policy.of_runs("auto", runs["same"], a_run()).name == "default"
+    chosen = dataclasses.replace(chosen, resamples=2999)
+    verdicts = {name: decide(run, runs["same"], chosen) for name, run in runs.items()}
+    assert verdicts["same"].outcome is Outcome.PASS, verdicts["same"].reasons
+    worse = {
+        n: {r.name for r in v.rows if r.outcome is Outcome.REGRESSION} for n, v in verdicts.items()
+    }
+    assert "level" in worse["quiet"]
+    assert "spectrum" in worse["noisy"]
+    assert worse["inverted"] == {"snr"}, "another waveform that sounds the same"
+    assert verdicts["inverted"].outcome is Outcome.PASS
+
+
+def test_metrics_of_sounds_have_their_units():
+    t = torch.arange(8000) / 16000
+    tone = (2 * torch.pi * 440 * t).sin().expand(2, 2, -1)
+    assert torch.allclose(
+        sound.level_change(0.5 * tone, tone), torch.tensor(6.0206).double(), atol=1e-3
+    )
+    assert torch.allclose(sound.snr(0.9 * tone, tone), torch.tensor(20.0).double(), atol=1e-3)
+    assert sound.spectral_distance(tone, tone).abs().max() == 0
+    assert sound.spectral_distance(torch.zeros_like(tone), tone).isfinite().all()

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 
 import dtq
+from dtq.checkpoint.config import DTQConfig
 from dtq.cli import main
 from dtq.cli.quantize_output import print_result
 from dtq.errors import InputError
@@ -25,9 +26,12 @@ from dtq.pipelines.recorded_sampling import RecordedSampling
 from dtq.pipelines.sampling import run_pipeline
 from dtq.pipelines.settings import SamplingSettings
 from dtq.plan import LayerPlan, LayerSpec, Plan
+from dtq.stages import sanity_check
 from dtq.stages.autoencoder import latent_error, quantize_weights
-from dtq.stages.pipeline_sizes import PipelineBudget, count_promoted, saved_files
+from dtq.stages.budget_rounds import ROUNDS, BudgetRounds
+from dtq.stages.pipeline_sizes import PipelineBudget, saved_files
 from dtq.stages.report import Report
+from dtq.stages.sanity_check import Failure
 
 SMALL = {**pipelines.SMALL["flux"], "max_sequence_length": 16}
 SETTINGS = SamplingSettings(
@@ -201,17 +205,74 @@ def test_bits_are_not_for_pipelines_and_a_size_not_for_statistics(folder, tmp_pa
     assert "statistics do not depend on a size" in told
 
 
-def test_promotions_after_the_budget_was_spent_are_counted_and_named(caplog):
-    layers = [LayerPlan(n, "ffn.up", (64, 64), LayerSpec("int4-2l-g64", "none")) for n in "ab"]
-    spent = Plan("r", tuple(layers))
-    raised = spent.with_layers({"b": layers[1].with_spec(weight_format="int8-row")})
-    part = {"bytes": 5000, "error": 0.1, "error_share": 1.0}
-    budget = PipelineBudget(6000, outcome={"bytes": 5000, "components": {"t": part}})
-    loaded = SimpleNamespace(component="t", dtype=torch.float32)
-    count_promoted(budget, SimpleNamespace(plan=raised, loaded=loaded), spent)
-    more = raised["b"].nbytes() - spent["b"].nbytes()
-    assert budget.outcome["bytes"] == part["bytes"] == 5000 + more > 6000
-    assert "promoted b: lower the budget" in caplog.text
+def fails(monkeypatch, layers):
+    """The sanity check fails layers with 4 bits, of those that begin with one of the names."""
+
+    def failures(report):
+        return [
+            Failure(name, "made to fail")
+            for name in sorted(report.errors)
+            if name.startswith(layers) and report.errors[name][0] > 1e-3
+        ]
+
+    monkeypatch.setattr(sanity_check, "failures", failures)
+
+
+def test_other_layers_pay_for_what_the_sanity_check_promotes(folder, tmp_path, monkeypatch, caplog):
+    where, planned = folder
+    others = sum(size for name, size in planned.most.items() if name != "transformer")
+    least, most = (others + sizes["transformer"] for sizes in (planned.least, planned.most))
+    budget, out = least + (most - least) // 3, tmp_path / "q"
+    fails(monkeypatch, ("transformer_blocks.0.attn.to_",))
+    alone = ["--text-encoder=keep", "--vae=keep", "--steps=1", f"--budget={budget}b", "-o", out]
+    command("quantize", where, *OPTIONS, *alone)
+    assert "the formats of the other layers are chosen again" in caplog.text
+    files, report = sizes_of(out), json.loads((out / "dtq_report.json").read_text())
+    assert sum(files.values()) <= budget
+    assert {n: part["bytes"] for n, part in report["pipeline"]["components"].items()} == files
+    formats = {x["name"]: x["weight_format"] for x in report["layers"]}
+    promoted = {x["layer"] for x in report["sanity_check"]["promoted"]}
+    assert promoted
+    assert {formats[name] for name in promoted} == {"int8-row"}
+    loaded = DiffusionPipeline.from_pretrained(out).transformer
+    assert {n: loaded.get_submodule(n).weight_format for n in formats} == formats
+
+
+@pytest.mark.parametrize("reason", ["no choice is small enough", "every round promotes"])
+def test_a_budget_that_promotions_exceed_is_refused(reason):
+    """With the layers' names; the floats are back in the model."""
+    model = torch.nn.ModuleDict({"b": torch.nn.Linear(64, 64)})
+    layer = LayerPlan("b", "ffn.up", (64, 64), LayerSpec("int4-2l-g64", "none"))
+    loaded = SimpleNamespace(component="t", name="m", dtype=torch.float32)
+    run = SimpleNamespace(
+        loaded=loaded, model=model, plan=Plan("r", (layer,)), results={}, config=DTQConfig(),
+        floats={}, promoted={}, report=Report(),
+    )  # fmt: skip
+    budget, spent = PipelineBudget(1000), []
+
+    def spend():
+        spent.append(1)
+        if reason == "no choice is small enough" and len(spent) > 1:
+            raise InputError("m: too small")
+        budget.outcome = {"components": {"t": {"bytes": 900}}}
+
+    shared = SimpleNamespace(
+        runs=[run], shared={"t": run}, budget=budget, spend=spend, counted={}, kept={"t": {}},
+        fix=lambda *_: True,
+    )  # fmt: skip
+
+    def rounds():
+        for (changed,) in BudgetRounds(shared):
+            changed.floats["b"] = model["b"]
+            changed.model["b"] = torch.nn.Identity()
+            changed.promoted["b"] = None
+            changed.report.sanity_check = {"promoted": [{"layer": "b"}]}
+
+    with pytest.raises(InputError, match=r"promoted.* Raise the budget \(--budget \d+b") as error:
+        rounds()
+    assert " b, " in str(error.value)
+    assert len(spent) == (2 if reason == "no choice is small enough" else ROUNDS)
+    assert isinstance(model["b"], torch.nn.Linear)
 
 
 def test_files_of_models_without_parameters(tmp_path):

@@ -28,8 +28,8 @@ class Metric:
             factor above 1.
         higher: whether a higher value is better.
         steps: whether there is one value per step; the value of a sample is their mean.
-        when: which runs have it: ``always``, ``video``, or ``requested``; ``set``: requested, of a
-            whole image set, so that a sample has no value.
+        when: which runs have it: ``always``, ``image`` (or video), ``video``, ``sound``, or
+            ``requested``; ``set``: requested, of a whole image set, so that a sample has no value.
     """
 
     name: str
@@ -84,9 +84,14 @@ METRICS: dict[str, Metric] = {
         Metric("divergence",
                "free-running relative squared distance of the latents that enter each step",
                "factor", ratio=True, steps=True),
-        Metric("psnr", "dB against the float model's image of the same seed", "dB", higher=True),
-        Metric("ssim", "structural similarity to that image", "", higher=True),
-        Metric("color", "change of the colors of that image, in gray levels", ""),
+        Metric("psnr", "dB against the float model's image of the same seed", "dB", higher=True,
+               when="image"),
+        Metric("ssim", "structural similarity to that image", "", higher=True, when="image"),
+        Metric("color", "change of the colors of that image, in gray levels", "", when="image"),
+        Metric("snr", "dB against the float model's sound of the same seed", "dB", higher=True,
+               when="sound"),
+        Metric("level", "change of the level of that sound, in dB", "dB", when="sound"),
+        Metric("spectrum", "log-spectral distance from that sound, in dB", "dB", when="sound"),
         Metric("flicker", "increase of the difference of consecutive frames, in gray levels", "",
                when="video"),
         Metric("flickering", "VBench's temporal flickering", "", higher=True, when="video"),

@@ -11,7 +11,7 @@ from typing import Any
 from dtq.errors import InputError, RecipeError
 from dtq.evaluate.fingerprint import digest
 from dtq.evaluate.gate.metrics import METRICS, MIN_IMAGES
-from dtq.evaluate.run_file import MATCHABLE
+from dtq.evaluate.run_file import MATCHABLE, Run
 from dtq.io.package_data import find_yaml, yaml_names
 from dtq.io.safe_parse import LARGEST_YAML, parse_yaml, read_text
 from dtq.io.schema import check_name, plain
@@ -22,6 +22,9 @@ MIN_PROMPTS = 8
 
 MAX_RESAMPLES = 1_000_000
 """They take seconds per metric."""
+
+AUTO = "auto"
+"""In place of a policy: the one for what the runs sampled, by :meth:`Policy.of_runs`."""
 
 MIN_MARGIN, MAX_MARGIN = 1e-12, 1e9
 """Of differences, where a factor is its logarithm; no measured difference is outside."""
@@ -98,6 +101,13 @@ class Policy:
         if problems:
             raise RecipeError(str(path), problems)
         return policy
+
+    @classmethod
+    def of_runs(cls, what: str | Path | Policy, *runs: Run) -> Policy:
+        """:meth:`load`; ``auto`` is ``sound`` if all runs are of sounds, else ``default``."""
+        if what == AUTO:
+            what = "sound" if all("spectrum" in run.values for run in runs) else "default"
+        return cls.load(what)
 
     def problems(self) -> list[str]:
         """Mistakes: unknown names, and numbers out of range."""

@@ -83,7 +83,8 @@ def rate(pipeline: Any) -> int:
     """Sampling rate of sounds in Hz, from the config of the pipeline's vocoder or autoencoder."""
     for name in ("vocoder", "vae"):
         config = getattr(getattr(pipeline, name, None), "config", None)
-        if found := getattr(config, "sampling_rate", None):
+        names = ("sampling_rate", "sample_rate")
+        if found := next(filter(None, (getattr(config, n, None) for n in names)), None):
             return int(found)
     return 44100
 
