@@ -29,6 +29,7 @@ from torch._dynamo.backends import registry
 
 from dtq.integrations.fx_graph import (
     CASTS,
+    DIVISIONS,
     FLOATS,
     VIEWS,
     Graph,
@@ -361,8 +362,8 @@ def _is_no_op(node: fx.Node) -> bool:
     if name == "dropout":
         args = _arguments(node, "input", "p", "training")
         return args.get("p", 0.5) == 0 or args.get("training", True) is False
-    if name == "truediv":
-        return node.args[1:] == (1,)
+    if name in DIVISIONS:
+        return node.args[1:] == (1,) and not node.kwargs
     return name in VIEWS | CASTS
 
 
