@@ -193,10 +193,17 @@ void decode_columns(const Decode& d, int64_t n, int64_t first, int64_t last, flo
   }
 }
 
+// The same of a weight that is not quantized.
+void float_columns(const Decode& d, int64_t n, int64_t first, int64_t last, float* out) {
+  const uint8_t* row = d.weight.weight + n * d.weight.row_bytes;
+  for (int64_t k = first; k < last; k += kLanes, out += kLanes) store(out, part_as_float(row, k, last - k, d.type));
+}
+
 typedef void (*DecodeColumns)(const Decode&, int64_t n, int64_t first, int64_t last, float* out);
 
 // Null if no format has this encoding and number of bits.
 inline DecodeColumns decoder_of(const StoredWeight& w) {
+  if (w.encoding == kFloats) return float_columns;
   switch (w.encoding * 16 + w.bits) {
     case kAffine * 16 + 2: return decode_columns<kAffine, 2>;
     case kAffine * 16 + 3: return decode_columns<kAffine, 3>;

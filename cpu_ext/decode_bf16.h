@@ -36,7 +36,14 @@ struct Bfloat16Product {
       if (w.encoding == kTwoLevel) return decode_nibbles<kTwoLevel>;
     }
     if (w.bits == 8 && w.encoding == kAffine && whole) return decode_bytes;
+    if (w.encoding == kFloats) return copy_floats;
     return decode_any;
+  }
+
+  static void copy_floats(Bfloat16Product&, const Decode& d, int64_t n, int64_t first, int64_t last, T* out) {
+    memcpy(out, d.weight.weight + n * d.weight.row_bytes + first * sizeof(T), (last - first) * sizeof(T));
+    const int64_t over = (last - first) % kColumnMultiple;
+    if (over) memset(out + (last - first), 0, (kColumnMultiple - over) * sizeof(T));
   }
 
   // Through float32.

@@ -108,6 +108,19 @@ def test_a_block_with_int8_attention_is_fused(everywhere):
     assert fused == torch_compile.Fused(norms=3, gelus=1, gates=1)
 
 
+def test_float_linears_of_a_few_rows_have_an_op_of_their_own(everywhere):
+    linear = nn.Linear(24, 8)
+    with torch.no_grad():
+        for shape, few in ((2, 24), 1), ((2, 8, 24), 1), ((17, 24), 0):
+            x = torch.randn(shape)
+            got, fused = run(linear, x)
+            assert fused.few == few, shape
+            torch.testing.assert_close(got, linear(x))
+            torch._dynamo.reset()
+    _, fused = run(linear, torch.randn(2, 24))  # the weight needs a gradient
+    assert fused.few == 0
+
+
 @pytest.mark.parametrize("slower", ["norm", "gelu", "gate"])
 def test_what_is_estimated_slower_stays_apart(everywhere, monkeypatch, slower):
     monkeypatch.setattr(gpu_fusion, "is_fused", lambda pattern, x: pattern != slower)
