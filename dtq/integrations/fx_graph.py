@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 CASTS = {"to", "type_as", "float", "bfloat16", "half", "type"}
 VIEWS = {"reshape", "view", "contiguous", "flatten", "squeeze", "unsqueeze"}
 DIVISIONS = {"truediv", "div"}
-"""``x / y``. Under a ``TorchFunctionMode``, as of int8 attention, Dynamo calls the method ``div``."""
+"""``x / y``. Under a ``TorchFunctionMode``, as of int8 attention, Dynamo calls it ``div``."""
 FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 """Dtypes between which casts are ignored when a pattern is matched."""
 

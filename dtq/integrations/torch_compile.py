@@ -233,7 +233,7 @@ def _replace_by_gemm(graph: Graph, node: fx.Node, gemm: _Gemm, pattern: str) -> 
 def _replace_few_rows(graph: Graph, node: fx.Node) -> bool:
     """Replace a float linear of a few rows on a CPU, whose time is that of reading the weight."""
     args = _arguments(node, "input", "weight", "bias")
-    x, weight, bias = (args.get(name) for name in ("input", "weight", "bias"))
+    x, weight, bias = cast("list[Any]", [args.get(n) for n in ("input", "weight", "bias")])
     if not all(map(is_tensor, (node, x, weight))) or value_of(node).device.type != "cpu":
         return False
     if value_of(node).requires_grad or not value_of(node).dim():

@@ -126,7 +126,9 @@ def test_products_are_those_of_the_decoded_weight(isa, name, m):
 def test_float_weights_are_multiplied(isa, m):
     for n, k in [(1, 1), (7, 40), (33, 1056)]:
         for dtype in DTYPES:
-            x, w, bias = (random(*s, seed=i).to(dtype) for i, s in enumerate([(m, k), (n, k), (n,)]))
+            x, w, bias = (
+                random(*s, seed=i).to(dtype) for i, s in enumerate([(m, k), (n, k), (n,)])
+            )
             got = compiled.float_linear(x, w, bias)
             assert (got.dtype, got.shape) == (dtype, (m, n))
             want = x.double() @ w.double().T + bias.double()
