@@ -15,6 +15,7 @@ enum Encoding {
   kWords,     // bits 6, 8: words[code], a vector of `vector` columns (vector quantization)
   kTrits,     // ternary codes, five a byte: digit - 1
   kTwoLevel,  // bits 3, 4: int8 of (code - zero) * scale2
+  kFloats,    // not quantized: floats of the type of the tokens. No format has it
 };
 
 // Of the scales of a stored weight; dtq/kernels/compile/format_codes.py has the same numbers.

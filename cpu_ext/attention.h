@@ -208,6 +208,15 @@ inline void attend_block(const Attention& a, const Block& b, const Head& head, i
   for (int v = 0; v < vectors; v++) store(weights + v * kLanes, weight[v]);
 }
 
+// Fetches `width` channels of `count` tokens, which lie `stride` elements apart.
+template <int write>
+inline void fetch_tokens(const void* first, Float type, int64_t stride, int count, int width) {
+  const int size = type == kFloat32 ? 4 : 2;
+  for (int t = 0; t < count; t++)
+    for (int at = 0; at < width * size; at += 64)
+      __builtin_prefetch((const char*)first + t * stride * size + at, write);
+}
+
 // Blocks of queries [first, last), counted over heads and the batch.
 void attend(const Attention& a, int64_t first, int64_t last, void* scratch) {
   const int64_t blocks = up(a.queries, kQueryBlock) / kQueryBlock;
@@ -222,11 +231,17 @@ void attend(const Attention& a, int64_t first, int64_t last, void* scratch) {
     with_type(a.q.type, [&](auto type) {
       pack_queries<type()>(a, batch * a.q.batch + of * a.q.head, token, count, b, factor);
     });
+    // what is needed next, while the tiles are computed: memory for the outputs, and the next queries
+    const int64_t out = ((batch * a.queries + token) * a.heads + of) * a.value_width;
+    const int out_size = a.out_type == kFloat32 ? 4 : 2, q_size = a.q.type == kFloat32 ? 4 : 2;
+    fetch_tokens<1>((const char*)a.out + out * out_size, a.out_type, a.heads * a.value_width, count, a.value_width);
+    const int64_t next = batch * a.q.batch + of * a.q.head + (token + count) * a.q.token;
+    const int after = (int)(left - count < kQueryBlock ? left - count : kQueryBlock);
+    fetch_tokens<0>((const char*)a.q.data + next * q_size, a.q.type, a.q.token, after, a.width);
     const int64_t mask = batch * a.mask_batch + of * a.mask_head + token * a.mask_query;
     if (count <= kLanes) attend_block<1>(a, b, head, mask, count, weight, factor);
     else attend_block<kQueryVectors>(a, b, head, mask, count, weight, factor);
-    store_queries(a, b, head, ((batch * a.queries + token) * a.heads + of) * a.value_width, count,
-                  weight, factor);
+    store_queries(a, b, head, out, count, weight, factor);
   }
 }
 

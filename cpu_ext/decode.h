@@ -193,10 +193,17 @@ void decode_columns(const Decode& d, int64_t n, int64_t first, int64_t last, flo
   }
 }
 
+// The same of a weight that is not quantized.
+void float_columns(const Decode& d, int64_t n, int64_t first, int64_t last, float* out) {
+  const uint8_t* row = d.weight.weight + n * d.weight.row_bytes;
+  for (int64_t k = first; k < last; k += kLanes, out += kLanes) store(out, part_as_float(row, k, last - k, d.type));
+}
+
 typedef void (*DecodeColumns)(const Decode&, int64_t n, int64_t first, int64_t last, float* out);
 
 // Null if no format has this encoding and number of bits.
 inline DecodeColumns decoder_of(const StoredWeight& w) {
+  if (w.encoding == kFloats) return float_columns;
   switch (w.encoding * 16 + w.bits) {
     case kAffine * 16 + 2: return decode_columns<kAffine, 2>;
     case kAffine * 16 + 3: return decode_columns<kAffine, 3>;
@@ -224,6 +231,48 @@ void decode(const Decode& d, int64_t first, int64_t last, float* scratch) {
     }
 }
 
+inline float sum_of_lanes(const float* lane) {
+  float sum[kLanes];
+  memcpy(sum, lane, sizeof sum);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) sum[i] += sum[i + half];
+  return sum[0];
+}
+
+// Prefetches columns [first, last) of a row.
+inline void prefetch(const StoredWeight& w, int64_t n, int64_t first, int64_t last) {
+  const uint8_t* row = w.weight + n * w.row_bytes;
+  const uint8_t *p = row + first * w.row_bytes / w.columns, *end = row + last * w.row_bytes / w.columns;
+  for (; p < end && p < w.end; p += 64) __builtin_prefetch(p);
+}
+
+// Adds the products of `count` rows from n on with all tokens to `sums`. Weights are decoded to memory, kChunk columns
+// at a time.
+template <class Product>
+inline void add_rows(Product& product, const Decode& d, int64_t n, int count, typename Product::T* weights,
+                     float* sums) {
+  typedef typename Product::T T;
+  const T* x = (const T*)d.x;
+  const int64_t columns = d.weight.columns;
+  if (count < kRowsAtOnce) memset(weights, 0, kRowsAtOnce * kChunk * sizeof(T));
+  for (int64_t k = 0; k < columns; k += kChunk) {
+    const int64_t end = k + kChunk < columns ? k + kChunk : columns;
+    for (int r = 0; r < count; r++) {
+      prefetch(d.weight, n + r + kRowsAtOnce, k, end);
+      product.decode(d, n + r, k, end, weights + r * kChunk);
+    }
+    constexpr int multiple = Product::kColumnMultiple;
+    const int width = (int)(end - k + multiple - 1) / multiple * multiple;
+    int64_t t = 0;
+    for (; t + kTileTokens <= d.tokens; t += kTileTokens)
+      Product::template add<kTileTokens>(weights, x + t * d.x_stride + k, d.x_stride, width,
+                                         sums + t * kRowsAtOnce * kLanes);
+    for (; t < d.tokens; t++)
+      Product::template add<1>(weights, x + t * d.x_stride + k, d.x_stride, width,
+                               sums + t * kRowsAtOnce * kLanes);
+  }
+}
+
 // Multiplies float32 weights and tokens; the `Product` of multiply_with.
 struct FloatProduct {
   typedef float T;
@@ -231,6 +280,10 @@ struct FloatProduct {
   DecodeColumns decode_columns;
 
   explicit FloatProduct(const Decode& d) : decode_columns(decoder_of(d.weight)) {}
+
+  void add_rows(const Decode& d, int64_t n, int count, float* weights, float* sums) {
+    dtq::add_rows(*this, d, n, count, weights, sums);
+  }
 
   // Columns [first, last) of row n; up to the next multiple of kColumnMultiple some finite values.
   void decode(const Decode& d, int64_t n, int64_t first, int64_t last, float* out) {
@@ -258,50 +311,16 @@ struct FloatProduct {
   }
 };
 
-inline float sum_of_lanes(const float* lane) {
-  float sum[kLanes];
-  memcpy(sum, lane, sizeof sum);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) sum[i] += sum[i + half];
-  return sum[0];
-}
-
-// Prefetches columns [first, last) of a row.
-inline void prefetch(const StoredWeight& w, int64_t n, int64_t first, int64_t last) {
-  const uint8_t* row = w.weight + n * w.row_bytes;
-  const uint8_t *p = row + first * w.row_bytes / w.columns, *end = row + last * w.row_bytes / w.columns;
-  for (; p < end && p < w.end; p += 64) __builtin_prefetch(p);
-}
-
 // The order of each sum depends only on K and the instruction set.
 template <class Product>
 inline void multiply_with(const Decode& d, int64_t first, int64_t last, float* scratch) {
-  typedef typename Product::T T;
   Product product(d);
-  const T* x = (const T*)d.x;
-  T* weights = (T*)scratch;
-  const int64_t columns = d.weight.columns, rows = d.weight.rows;
+  const int64_t rows = d.weight.rows;
   float* sums = scratch + kRowsAtOnce * kChunk;  // [token][kRowsAtOnce][kLanes]
   for (int64_t n = first; n < last; n += kRowsAtOnce) {
     const int count = (int)(last - n < kRowsAtOnce ? last - n : kRowsAtOnce);
     memset(sums, 0, d.tokens * kRowsAtOnce * kLanes * sizeof(float));
-    if (count < kRowsAtOnce) memset(weights, 0, kRowsAtOnce * kChunk * sizeof(T));
-    for (int64_t k = 0; k < columns; k += kChunk) {
-      const int64_t end = k + kChunk < columns ? k + kChunk : columns;
-      for (int r = 0; r < count; r++) {
-        prefetch(d.weight, n + r + kRowsAtOnce, k, end);
-        product.decode(d, n + r, k, end, weights + r * kChunk);
-      }
-      constexpr int multiple = Product::kColumnMultiple;
-      const int width = (int)(end - k + multiple - 1) / multiple * multiple;
-      int64_t t = 0;
-      for (; t + kTileTokens <= d.tokens; t += kTileTokens)
-        Product::template add<kTileTokens>(weights, x + t * d.x_stride + k, d.x_stride, width,
-                                           sums + t * kRowsAtOnce * kLanes);
-      for (; t < d.tokens; t++)
-        Product::template add<1>(weights, x + t * d.x_stride + k, d.x_stride, width,
-                                 sums + t * kRowsAtOnce * kLanes);
-    }
+    product.add_rows(d, n, count, (typename Product::T*)scratch, sums);
     for (int64_t t = 0; t < d.tokens; t++) {
       float y[kRun];
       for (int r = 0; r < count; r++) {

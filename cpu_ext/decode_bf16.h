@@ -16,12 +16,20 @@ struct Bfloat16Product {
   static constexpr int kColumnMultiple = 32;
   typedef void (*DecodeBfloat16)(Bfloat16Product&, const Decode&, int64_t n, int64_t first, int64_t last,
                                  T* out);
+  typedef void (*AddBytes)(const Decode&, int64_t n, int count, float* sums);
   DecodeColumns decode_columns;
   DecodeBfloat16 decode_bfloat16;
+  AddBytes add_bytes;  // null: weights are decoded to memory
   alignas(64) float floats[kChunk + kColumnMultiple];
 
   explicit Bfloat16Product(const Decode& d)
-      : decode_columns(decoder_of(d.weight)), decode_bfloat16(bfloat16_decoder_of(d.weight)) {}
+      : decode_columns(decoder_of(d.weight)), decode_bfloat16(bfloat16_decoder_of(d.weight)),
+        add_bytes(bytes_of(d)) {}
+
+  void add_rows(const Decode& d, int64_t n, int count, T* weights, float* sums) {
+    if (add_bytes) add_bytes(d, n, count, sums);
+    else dtq::add_rows(*this, d, n, count, weights, sums);
+  }
 
   void decode(const Decode& d, int64_t n, int64_t first, int64_t last, T* out) {
     decode_bfloat16(*this, d, n, first, last, out);
@@ -36,7 +44,14 @@ struct Bfloat16Product {
       if (w.encoding == kTwoLevel) return decode_nibbles<kTwoLevel>;
     }
     if (w.bits == 8 && w.encoding == kAffine && whole) return decode_bytes;
+    if (w.encoding == kFloats) return copy_floats;
     return decode_any;
+  }
+
+  static void copy_floats(Bfloat16Product&, const Decode& d, int64_t n, int64_t first, int64_t last, T* out) {
+    memcpy(out, d.weight.weight + n * d.weight.row_bytes + first * sizeof(T), (last - first) * sizeof(T));
+    const int64_t over = (last - first) % kColumnMultiple;
+    if (over) memset(out + (last - first), 0, (kColumnMultiple - over) * sizeof(T));
   }
 
   // Through float32.
@@ -100,6 +115,58 @@ struct Bfloat16Product {
         _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
       }
       k = stop;
+    }
+  }
+
+  // For up to four tokens, what decode_bytes and add do, without memory in between.
+  template <int tokens, bool has_zero>
+  DTQ_BF16 static void add_bytes_of(const Decode& d, int64_t n, int count, float* sums) {
+    const StoredWeight& w = d.weight;
+    const int64_t group_size = w.columns / w.groups;
+    const T* x = (const T*)d.x;
+    __m512 sum[tokens][kRowsAtOnce];
+    const uint8_t* row[kRowsAtOnce];
+    for (int r = 0; r < kRowsAtOnce; r++) {
+      row[r] = w.weight + (n + (r < count ? r : 0)) * w.row_bytes;
+      for (int t = 0; t < tokens; t++) sum[t][r] = _mm512_setzero_ps();
+    }
+    for (int64_t k = 0, g = 0; k < w.columns; g++) {
+      V zero[kRowsAtOnce], scale[kRowsAtOnce];
+      for (int r = 0; r < kRowsAtOnce; r++) {
+        const int64_t at = (n + (r < count ? r : 0)) * w.groups + g;
+        zero[r] = splat(group_zero<kAffine>(w, at)), scale[r] = splat(group_scale<kAffine>(w, n, at));
+      }
+      for (const int64_t stop = k + group_size; k < stop; k += kColumnMultiple) {
+        __m512bh token[tokens];
+        for (int t = 0; t < tokens; t++) token[t] = (__m512bh)_mm512_loadu_si512(x + t * d.x_stride + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRowsAtOnce; r++) {
+          const uint8_t* p = row[r] + k;
+          __builtin_prefetch(p + kRowsAtOnce * w.row_bytes);
+          V low = __builtin_convertvector(Isa::load_signed_bytes(p), V);
+          V high = __builtin_convertvector(Isa::load_signed_bytes(p + 16), V);
+          if (has_zero) low = low - zero[r], high = high - zero[r];
+          const __m512bh two = _mm512_cvtne2ps_pbh((__m512)(high * scale[r]), (__m512)(low * scale[r]));
+#pragma GCC unroll 4
+          for (int t = 0; t < tokens; t++) sum[t][r] = _mm512_dpbf16_ps(sum[t][r], two, token[t]);
+        }
+      }
+    }
+    for (int t = 0; t < tokens; t++)
+      for (int r = 0; r < kRowsAtOnce; r++) _mm512_storeu_ps(sums + (t * kRowsAtOnce + r) * kLanes, sum[t][r]);
+  }
+
+  static AddBytes bytes_of(const Decode& d) {
+    const StoredWeight& w = d.weight;
+    const bool whole = w.columns % (w.groups * kColumnMultiple) == 0;
+    if (w.encoding != kAffine || w.bits != 8 || !whole) return nullptr;
+    const bool has_zero = w.zero || w.offset;
+    switch (d.tokens) {
+      case 1: return has_zero ? add_bytes_of<1, true> : add_bytes_of<1, false>;
+      case 2: return has_zero ? add_bytes_of<2, true> : add_bytes_of<2, false>;
+      case 3: return has_zero ? add_bytes_of<3, true> : add_bytes_of<3, false>;
+      case 4: return has_zero ? add_bytes_of<4, true> : add_bytes_of<4, false>;
+      default: return nullptr;
     }
   }
 

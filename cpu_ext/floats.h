@@ -16,7 +16,7 @@ inline V load(const float* p) {
 }
 
 // `count` floats at p, at most kLanes; zeros follow.
-inline V part_of(const float* p, int64_t count) {
+DTQ_INLINE V part_of(const float* p, int64_t count) {
   if (count >= kLanes) return load(p);
   float part[kLanes] = {};
   memcpy(part, p, count * 4);
@@ -57,6 +57,15 @@ inline V load_as_float(const void* p, Float type) {
   if (type == kFloat32) return load((const float*)p);
   const U u = Isa::load_halves(p);
   return type == kBFloat16 ? (V)(u << 16) : from_half(u);
+}
+
+// `left` elements of `from`, at most kLanes, beginning with element `at`; zeros follow.
+DTQ_INLINE V part_as_float(const void* from, int64_t at, int64_t left, Float type) {
+  const int bytes = type == kFloat32 ? 4 : 2;
+  if (left >= kLanes) return load_as_float((const char*)from + at * bytes, type);
+  float end[kLanes] = {};
+  memcpy(end, (const char*)from + at * bytes, left * bytes);
+  return load_as_float(end, type);
 }
 
 // The C++ type of an element in memory.

@@ -73,20 +73,12 @@ void pack_small_m(const Linear& g) {
 
 // ---------------------------------------------------------------------------- epilogue
 
-inline V load_part(const void* from, int64_t at, int left, Float type) {
-  const int bytes = type == kFloat32 ? 4 : 2;
-  if (left >= kLanes) return load_as_float((const char*)from + at * bytes, type);
-  float end[kLanes] = {};
-  memcpy(end, (const char*)from + at * bytes, left * bytes);
-  return load_as_float(end, type);
-}
-
 // GELU, gate and residual on up to 16 channels of a token.
 inline void apply_epilogue(const Linear& g, int64_t token, int64_t n, int count, float* y) {
   for (int i = 0; g.gelu && i < count; i += kLanes) store(y + i, gelu_of(load(y + i)));
   for (int i = 0; g.residual && i < count; i += kLanes) {
-    const V gate = load_part(g.gate, token / g.tokens_per_gate * g.rows + n + i, count - i, g.gate_type);
-    const V residual = load_part(g.residual, token * g.rows + n + i, count - i, g.gate_type);
+    const V gate = part_as_float(g.gate, token / g.tokens_per_gate * g.rows + n + i, count - i, g.gate_type);
+    const V residual = part_as_float(g.residual, token * g.rows + n + i, count - i, g.gate_type);
     store(y + i, gate * load(y + i) + residual);
   }
 }
@@ -131,7 +123,7 @@ void store_block(const Linear& g, int64_t n, int64_t token, const int32_t* sums,
   const int tokens = whole || g.tokens - token > kBlockTokens ? kBlockTokens : (int)(g.tokens - token);
   const int vectors = whole ? kVectors : (rows + kLanes - 1) / kLanes;
   const auto channels = [&](const void* from, int64_t at, int i, Float kind) {
-    return load_part(from, at + i * kLanes, whole ? kLanes : rows - i * kLanes, kind);
+    return part_as_float(from, at + i * kLanes, whole ? kLanes : rows - i * kLanes, kind);
   };
   // [16 channels][token][channel]: sums, or totals as floats; then the values
   alignas(64) int32_t by_token[kPanelRows / 16][kBlockTokens][16];

@@ -3,6 +3,9 @@
 #pragma once
 #include <stdint.h>
 
+// For what is small, called for each vector, and must keep its vectors in registers.
+#define DTQ_INLINE inline __attribute__((always_inline))
+
 namespace dtq {
 namespace {
 

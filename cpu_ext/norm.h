@@ -7,33 +7,44 @@
 namespace dtq {
 namespace {
 
+// Lanes from `count` on become zero.
+inline V first_lanes(V v, int64_t count, I lane) { return (V)((I)v & (lane < (int)count)); }
+
+struct Yes {
+  constexpr operator bool() const { return true; }
+};
+struct No {
+  constexpr operator bool() const { return false; }
+};
+
 // Lanes whose bit h is clear take a, the others b.
 template <int h>
-inline V choose(V a, V b, I lane) {
+DTQ_INLINE V choose(V a, V b, I lane) {
   return (lane & h) != 0 ? b : a;
 }
 
-// Lane i: the sum of 16 neighboring columns, by halves, of run i of kLanes / h runs; lanes are in the order of
-// their reversed bits.
-template <int h>
-inline V run_sums(const float* x, I lane) {
+// `value(k, whole)` has the columns from k on. Lane i: the sum of 16 neighboring columns, by halves, of run i of
+// kLanes / h runs; lanes are in the order of their reversed bits.
+template <int h, class Whole, class Value>
+DTQ_INLINE V run_sums(const Value& value, int64_t k, I lane) {
   if constexpr (h < kLanes) {
-    const V a = run_sums<2 * h>(x, lane), b = run_sums<2 * h>(x + 8 * kLanes / h, lane);
+    const V a = run_sums<2 * h, Whole>(value, k, lane), b = run_sums<2 * h, Whole>(value, k + 8 * kLanes / h, lane);
     return choose<h>(a, Isa::template swap_lanes<h>(b), lane) + choose<h>(Isa::template swap_lanes<h>(a), b, lane);
-  } else if constexpr (kLanes == 16) {
-    return load(x);
-  } else if constexpr (kLanes == 8) {
-    return load(x) + load(x + 8);
   } else {
-    return (load(x) + load(x + 8)) + (load(x + 4) + load(x + 12));
+    V part[16 / kLanes];
+    for (int i = 0; i < 16 / kLanes; i++) part[i] = value(k + i * kLanes, Whole());
+    for (int half = 8 / kLanes; half; half /= 2)
+      for (int i = 0; i < half; i++) part[i] = part[i] + part[i + half];
+    return part[0];
   }
 }
 
 // Sum of 32 runs, by neighbors.
-inline float warp_sum(const float* x, I lane) {
-  float sums[32 / kLanes];
-  for (int i = 0; i < 32 / kLanes; i++) {
-    V v = run_sums<1>(x + i * 16 * kLanes, lane);
+template <class Value>
+inline float warp_sum(const Value& value, int64_t k, int64_t columns, I lane) {
+  float sums[32 / kLanes] = {};
+  for (int i = 0; i < 32 / kLanes && k < columns; i++, k += 16 * kLanes) {
+    V v = k + 16 * kLanes <= columns ? run_sums<1, Yes>(value, k, lane) : run_sums<1, No>(value, k, lane);
     if constexpr (kLanes > 8) v = v + Isa::template swap_lanes<8>(v);
     if constexpr (kLanes > 4) v = v + Isa::template swap_lanes<4>(v);
     v = v + Isa::template swap_lanes<2>(v);
@@ -45,12 +56,14 @@ inline float warp_sum(const float* x, I lane) {
   return sums[0];
 }
 
-// Sum of a row in the order of `sum_rows` in dtq/kernels/ops_quantize.py; zeros follow the columns.
-inline float row_sum(const float* x, int64_t columns, I lane) {
+// Sum of a row in the order of `sum_rows` in dtq/kernels/ops_quantize.py. `value(k, whole)` is called once for each
+// vector, and has zeros after the columns.
+template <class Value>
+inline float row_sum(const Value& value, int64_t columns, I lane) {
   float places[32] = {};
   const int64_t warps = (columns + kRowWarp - 1) / kRowWarp;
   for (int64_t w = 0; w < warps; w++) {
-    const float sum = warp_sum(x + w * kRowWarp, lane);
+    const float sum = warp_sum(value, w * kRowWarp, columns, lane);
     places[w % 32] = w < 32 ? sum : places[w % 32] + sum;
   }
   // the columns of zeros that fill the last 32 warps: -0 becomes 0
@@ -60,45 +73,58 @@ inline float row_sum(const float* x, int64_t columns, I lane) {
   return places[0];
 }
 
-// Row `r` of x as floats, zeros up to a multiple of kRowWarp.
-inline void read_row(const Rows& q, int64_t r, float* row) {
-  const int size = q.type == kFloat32 ? 4 : 2;
-  const char* x = (const char*)q.x + r * q.stride * size;
-  int64_t k = 0;
-  for (; k + kLanes <= q.columns; k += kLanes) store(row + k, load_as_float(x + k * size, q.type));
-  if (k < q.columns) {
-    char end[kLanes * 4] = {};
-    memcpy(end, x + k * size, (q.columns - k) * size);
-    store(row + k, load_as_float(end, q.type));
-    k += kLanes;
-  }
-  for (; k < padded_row(q.columns); k += kLanes) store(row + k, (V){});
-}
+// A row of the input.
+template <Float type>
+struct InputRow {
+  const char* x;
+  int64_t columns;
 
-// Row `r` minus its mean, divided by its standard deviation; then modulated.
-inline void normalize_row(const Rows& q, int64_t r, float* row, float* squares, I lane) {
-  read_row(q, r, row);
-  const float count = (float)q.columns, mean = row_sum(row, q.columns, lane) / count;
-  for (int64_t k = 0; k < q.columns; k += kLanes) {
-    V v = load(row + k) - splat(mean);
-    for (int i = 0; k + kLanes > q.columns && i < kLanes; i++) v[i] = k + i < q.columns ? v[i] : 0;
-    store(row + k, v);
-    store(squares + k, v * v);
+  InputRow(const Rows& q, int64_t r) : x((const char*)q.x + r * q.stride * size), columns(q.columns) {}
+
+  template <class Whole>
+  DTQ_INLINE V operator()(int64_t k, Whole whole) const {
+    const int64_t left = whole ? kLanes : columns - k;
+    return left > 0 ? part_as_float(x, k, left, type) : (V){};
   }
-  for (int64_t k = (q.columns + kLanes - 1) / kLanes * kLanes; k < padded_row(q.columns); k += kLanes)
-    store(squares + k, (V){});
-  const float variance = row_sum(squares, q.columns, lane) / count;
-  const V inverse = splat(1.0f / (float)__builtin_sqrt((double)(variance + q.eps)));
-  const int64_t at = q.modulate_scale ? r / q.rows_per_modulate * q.columns : 0;
-  for (int64_t k = 0; k < q.columns; k += kLanes) {
-    V v = load(row + k) * inverse;
-    if (q.modulate_scale) {
-      const int64_t left = q.columns - k;
-      v = v * (splat(1) + part_of(q.modulate_scale + at + k, left)) + part_of(q.modulate_shift + at + k, left);
-    }
-    store(row + k, v);
+
+  static constexpr int size = type == kFloat32 ? 4 : 2;
+};
+
+// A row of the input, normalized and modulated.
+struct NormalizedRow {
+  const float *row, *scale, *shift;  // without its mean; null: no modulation
+  int64_t columns;
+  V inverse;  // of the standard deviation
+
+  // `row` is memory for it.
+  template <class Input>
+  NormalizedRow(const Rows& q, int64_t r, const Input& input, float* memory, I lane) : row(memory), columns(q.columns) {
+    const auto read = [&](int64_t k, auto whole) __attribute__((always_inline)) {
+      const V v = input(k, whole);
+      store(memory + k, v);
+      return v;
+    };
+    const float count = (float)q.columns, mean = row_sum(read, q.columns, lane) / count;
+    const auto squared = [&](int64_t k, auto whole) __attribute__((always_inline)) {
+      V v = load(memory + k) - splat(mean);
+      if (!whole && k + kLanes > columns) v = k < columns ? first_lanes(v, columns - k, lane) : (V){};
+      store(memory + k, v);
+      return v * v;
+    };
+    const float variance = row_sum(squared, q.columns, lane) / count;
+    inverse = splat(1.0f / (float)__builtin_sqrt((double)(variance + q.eps)));
+    const int64_t at = q.modulate_scale ? r / q.rows_per_modulate * columns : 0;
+    scale = q.modulate_scale ? q.modulate_scale + at : nullptr;
+    shift = q.modulate_shift + at;
   }
-}
+
+  template <class Whole>
+  DTQ_INLINE V operator()(int64_t k, Whole whole) const {
+    const V v = load(row + k) * inverse;
+    const int64_t left = whole ? kLanes : columns - k;
+    return scale ? v * (splat(1) + part_of(scale + k, left)) + part_of(shift + k, left) : v;
+  }
+};
 
 }  // namespace
 }  // namespace dtq

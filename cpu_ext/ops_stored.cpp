@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// dtq::dequantize and dtq::weight_linear on the CPU: stored weights of any format.
+// dtq::dequantize, dtq::weight_linear and dtq::float_linear on the CPU: stored weights of any format, and float ones.
 #include <algorithm>
 #include <map>
 #include <optional>
@@ -132,41 +132,63 @@ Tensor dequantize(const std::vector<Tensor>& tensors, const std::vector<std::str
   return call("dtq_reference::dequantize", tensors, names, format, columns, type);
 }
 
-Tensor weight_linear(const Tensor& x_in, const std::vector<Tensor>& tensors,
-                     const std::vector<std::string>& names, const std::string& format,
-                     const OptionalTensor& bias_in) {
-  STD_TORCH_CHECK(x_in.dim() == 2, "weight_linear: x must be (M, K), got ", shape_of(x_in));
-  STD_TORCH_CHECK(!tensors.empty(), "dtq: a weight without tensors");
-  const int64_t tokens = x_in.size(0), columns = x_in.size(1);
+// A weight that the kernels read, times at most kSmallMFloat tokens.
+Tensor multiply_few(const Tensor& x_in, const dtq::StoredWeight& weight, const OptionalTensor& bias) {
+  const int64_t tokens = x_in.size(0), rows = weight.rows;
   const auto type = x_in.scalar_type();
-  OptionalTensor bias;
-  if (bias_in) bias = to_dtype(*bias_in, type);
-  const auto code = dtq::format_codes().find(format);
-  if (code != dtq::format_codes().end() && tokens <= dtq::kSmallMFloat && is_kernel_dtype(type)) {
-    const Weight weight(code->second, format, names, tensors, columns);
-    if (weight.supported()) {
-      const int64_t rows = weight.w.rows;
-      Tensor out = torch::stable::new_empty(x_in, {tokens, rows}, type);
-      if (!out.numel()) return out;
-      Tensor float_bias;
-      if (bias) {
-        STD_TORCH_CHECK(bias->numel() == rows, "dtq linear: bias must have ", rows, " entries");
-        float_bias = to_contiguous(to_dtype(*bias, ScalarType::Float));
-      }
-      const dtq::Kernels& kernels = dtq::kernels();
-      const bool in_bfloat16 =
-          type == ScalarType::BFloat16 && kernels.multiply_bfloat16 && dtq::has_bfloat16();
-      const Tensor x = to_contiguous(in_bfloat16 ? x_in : to_dtype(x_in, ScalarType::Float));
-      dtq::Decode d = {weight.w, float_type(type), out.mutable_data_ptr()};
-      d.tokens = tokens;
-      d.x_stride = round_up(columns, 32);
-      d.x = padded(x, d.x_stride);
-      d.bias = bias ? data<float>(float_bias) : nullptr;
-      parallel_rows(d, in_bfloat16 ? kernels.multiply_bfloat16 : kernels.multiply_stored);
-      return out;
-    }
+  Tensor out = torch::stable::new_empty(x_in, {tokens, rows}, type);
+  if (!out.numel()) return out;
+  Floats floats;
+  const dtq::Kernels& kernels = dtq::kernels();
+  const bool in_bfloat16 =
+      type == ScalarType::BFloat16 && kernels.multiply_bfloat16 && dtq::has_bfloat16();
+  const Tensor x = to_contiguous(in_bfloat16 ? x_in : to_dtype(x_in, ScalarType::Float));
+  dtq::Decode d = {weight, float_type(type), out.mutable_data_ptr()};
+  d.tokens = tokens;
+  d.x_stride = round_up(weight.columns, 32);
+  d.x = padded(x, d.x_stride);
+  if (bias) {
+    STD_TORCH_CHECK(bias->numel() == rows, "dtq linear: bias must have ", rows, " entries");
+    d.bias = floats.of(to_dtype(*bias, type));
   }
-  return call("aten::linear", x_in, dequantize(tensors, names, format, columns, type), bias);
+  parallel_rows(d, in_bfloat16 ? kernels.multiply_bfloat16 : kernels.multiply_stored);
+  return out;
+}
+
+bool has_few(const Tensor& x) { return x.size(0) <= dtq::kSmallMFloat && is_kernel_dtype(x.scalar_type()); }
+
+Tensor weight_linear(const Tensor& x, const std::vector<Tensor>& tensors,
+                     const std::vector<std::string>& names, const std::string& format,
+                     const OptionalTensor& bias) {
+  STD_TORCH_CHECK(x.dim() == 2, "weight_linear: x must be (M, K), got ", shape_of(x));
+  STD_TORCH_CHECK(!tensors.empty(), "dtq: a weight without tensors");
+  const int64_t columns = x.size(1);
+  const auto type = x.scalar_type();
+  const auto code = dtq::format_codes().find(format);
+  if (code != dtq::format_codes().end() && has_few(x)) {
+    const Weight weight(code->second, format, names, tensors, columns);
+    if (weight.supported()) return multiply_few(x, weight.w, bias);
+  }
+  OptionalTensor typed;
+  if (bias) typed = to_dtype(*bias, type);
+  return call("aten::linear", x, dequantize(tensors, names, format, columns, type), typed);
+}
+
+Tensor float_linear(const Tensor& x, const Tensor& weight_in, const OptionalTensor& bias) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight_in.dim() == 2 && x.size(1) == weight_in.size(1),
+                  "float_linear: x ", shape_of(x), " does not fit the weight ", shape_of(weight_in));
+  if (!has_few(x) || weight_in.scalar_type() != x.scalar_type() || !x.size(1))
+    return call("dtq_reference::float_linear", x, weight_in, bias);
+  const Tensor weight = to_contiguous(weight_in);
+  dtq::StoredWeight w = {};
+  w.encoding = dtq::kFloats;
+  w.rows = weight.size(0);
+  w.columns = weight.size(1);
+  w.row_bytes = w.columns * static_cast<int64_t>(weight.element_size());
+  w.weight = data<uint8_t>(weight);
+  w.end = w.weight + w.rows * w.row_bytes;
+  w.groups = 1;
+  return multiply_few(x, w, bias);
 }
 
 }  // namespace
@@ -174,6 +196,7 @@ Tensor weight_linear(const Tensor& x_in, const std::vector<Tensor>& tensors,
 STABLE_TORCH_LIBRARY_IMPL(dtq, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("weight_linear", TORCH_BOX(&weight_linear));
+  m.impl("float_linear", TORCH_BOX(&float_linear));
 }
 
 // For Python, by ctypes, before the first call of an op.

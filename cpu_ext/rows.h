@@ -10,15 +10,15 @@ namespace {
 
 // ---------------------------------------------------------------------------- Hadamard transform
 
-// One stage inside a vector: (a + b, a - b) of lanes h apart.
+// One stage inside a vector: (a + b, a - b) of lanes h apart. The products are exact.
 template <int h>
-inline V butterfly(V v, I lane) {
-  I odd = ((lane & h) != 0) & (I)((U){} + 0x80000000);
-  return Isa::swap_lanes<h>(v) + (V)((I)v ^ odd);  // b + a, and a + (-b)
+DTQ_INLINE V butterfly(V v, I lane) {
+  const V sign = (lane & h) != 0 ? splat(-1) : splat(1);
+  return Isa::fma(v, sign, Isa::template swap_lanes<h>(v));  // b + a, and a + (-b)
 }
 
 // All stages inside a vector.
-inline V short_stages(V v, I lane, int64_t block) {
+DTQ_INLINE V short_stages(V v, I lane, int64_t block) {
   if (block > 1) v = butterfly<1>(v, lane);
   if (block > 2) v = butterfly<2>(v, lane);
   if constexpr (kLanes > 4)
@@ -28,116 +28,137 @@ inline V short_stages(V v, I lane, int64_t block) {
   return v;
 }
 
-inline void short_stages(const Rows& q, float* row, I lane) {
-  for (int64_t k = 0; k < q.columns; k += kLanes)
-    store(row + k, short_stages(load(row + k), lane, q.hadamard_block));
-}
-
 // The largest magnitude, as bits: they are ordered as the magnitudes are, with NaN above all.
-inline I larger(I largest, V v) {
+DTQ_INLINE I larger(I largest, V v) {
   const I bits = (I)v & 0x7fffffff;
   return bits > largest ? bits : largest;
 }
 
-// Some of the stages between the vectors of a block, for `count` vectors that lie `stride` floats apart. The last
-// stages come with the scale.
-template <int count, bool last>
-inline void long_stages(float* x, int64_t stride, V scale, I& largest) {
-  V v[count];
-#pragma GCC unroll 8
-  for (int i = 0; i < count; i++) v[i] = load(x + i * stride);
+// Some of the stages between the vectors of a block, for `count` vectors. The `last` stages come with the scale.
+template <int count>
+DTQ_INLINE void long_stages(V (&v)[count], bool last, V scale, I& largest) {
 #pragma GCC unroll 3
   for (int half = 1; half < count; half *= 2)
 #pragma GCC unroll 8
     for (int i = 0; i < count; i++)
       if (!(i & half)) {
-        V a = v[i], b = v[i + half];
+        const V a = v[i], b = v[i + half];
         v[i] = a + b;
         v[i + half] = a - b;
       }
+  if (!last) return;
 #pragma GCC unroll 8
-  for (int i = 0; i < count; i++) {
-    if (last) v[i] = v[i] * scale, largest = larger(largest, v[i]);
-    store(x + i * stride, v[i]);
-  }
+  for (int i = 0; i < count; i++) v[i] = v[i] * scale, largest = larger(largest, v[i]);
 }
 
-// The same for all vectors of a row whose blocks consist of `count` parts of `stride` floats.
+// The stages inside vectors, and the first ones between `count` of them, of vectors that come from `source`.
+template <int count, class Source>
+inline void first_stages(const Rows& q, const Source& source, float* row, I lane, bool last, V scale, I& largest) {
+  const int64_t block = count > 1 ? kLanes : q.hadamard_block;  // a constant, so that no stage has a branch
+  const auto some = [&](int64_t k, auto whole) __attribute__((always_inline)) {
+    V v[count];
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) v[i] = short_stages(source(k + i * kLanes, whole), lane, block);
+    long_stages<count>(v, last, scale, largest);
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) store(row + k + i * kLanes, v[i]);
+  };
+  int64_t k = 0;
+  for (; k + count * kLanes <= q.columns; k += count * kLanes) some(k, Yes());
+  if (count == 1 && k < q.columns) some(k, No());
+}
+
+// The stages after them, of blocks that consist of parts of `stride` floats.
 template <int count>
-inline void long_stages_of_row(float* row, int64_t columns, int64_t stride, bool last, V scale, I& largest) {
+inline void next_stages(float* row, int64_t columns, int64_t stride, bool last, V scale, I& largest) {
   for (int64_t at = 0; at < columns; at += count * stride)
-    for (int64_t i = at; i < at + stride; i += kLanes)
-      last ? long_stages<count, true>(row + i, stride, scale, largest)
-           : long_stages<count, false>(row + i, stride, scale, largest);
+    for (int64_t k = at; k < at + stride; k += kLanes) {
+      V v[count];
+#pragma GCC unroll 8
+      for (int i = 0; i < count; i++) v[i] = load(row + k + i * stride);
+      long_stages<count>(v, last, scale, largest);
+#pragma GCC unroll 8
+      for (int i = 0; i < count; i++) store(row + k + i * stride, v[i]);
+    }
 }
 
-// The stages that are left after short_stages, and the scale 1 / sqrt(hadamard_block). Returns the largest
-// magnitudes.
-inline I finish_transform(const Rows& q, float* row) {
+// A row that comes from `source`, transformed in blocks; returns its largest magnitudes.
+template <class Source>
+inline I hadamard_row(const Rows& q, const Source& source, float* row, I lane) {
   I largest = {};
-  const V scale = splat(q.hadamard_scale);
-  for (int64_t stride = kLanes; stride < q.hadamard_block;) {
-    const int64_t parts = q.hadamard_block / stride, count = parts < 8 ? parts : 8;
-    const bool last = parts == count;
-    if (count == 8) long_stages_of_row<8>(row, q.columns, stride, last, scale, largest);
-    else if (count == 4) long_stages_of_row<4>(row, q.columns, stride, last, scale, largest);
-    else long_stages_of_row<2>(row, q.columns, stride, last, scale, largest);
-    stride *= count;
-  }
-  if (q.hadamard_block > kLanes) return largest;
-  for (int64_t k = 0; k < q.columns; k += kLanes) {
-    V v = load(row + k);
-    if (q.hadamard_block > 1) store(row + k, v = v * scale);
-    largest = larger(largest, v);
-  }
+  const V scale = splat(q.hadamard_scale);  // 1 for blocks of 1
+  int64_t stride = kLanes;
+  const auto parts = [&] { return q.hadamard_block / stride; };
+  const auto each = [&](auto stages) {
+    const bool last = parts() <= 8;
+    parts() >= 8 ? stages.template operator()<8>(last) : parts() == 4 ? stages.template operator()<4>(last)
+                 : parts() == 2 ? stages.template operator()<2>(last) : stages.template operator()<1>(last);
+    stride *= 8;
+  };
+  each([&]<int count>(bool last) { first_stages<count>(q, source, row, lane, last, scale, largest); });
+  while (parts() > 1)
+    each([&]<int count>(bool last) { next_stages<count>(row, q.columns, stride, last, scale, largest); });
   return largest;
 }
 
-// Row `r`, or what the norm made of it, times pre_scale. Without a permutation the short stages are done in the
-// same pass.
-inline void load_row(const Rows& q, int64_t r, float* row, I lane) {
-  const Float type = q.norm ? kFloat32 : q.type;
-  const int size = type == kFloat32 ? 4 : 2;
-  const int64_t block = q.perm ? 1 : q.hadamard_block;
-  const char* x = q.norm ? (const char*)row : (const char*)q.x + r * q.stride * size;
-  for (int64_t k = 0; k < q.columns; k += kLanes) {
-    const int64_t left = q.columns - k;
-    V v;
-    if (left >= kLanes) {
-      v = load_as_float(x + k * size, type);
-      if (q.pre_scale) v = v * load(q.pre_scale + k);
-    } else {
-      char end[kLanes * 4] = {};
-      memcpy(end, x + k * size, left * size);
-      v = load_as_float(end, type);
-      if (q.pre_scale) v = v * part_of(q.pre_scale + k, left);
-    }
-    store(row + k, short_stages(v, lane, block));
+// A row in memory.
+struct FloatRow {
+  const float* row;
+  template <class Whole>
+  DTQ_INLINE V operator()(int64_t k, Whole) const {
+    return load(row + k);
   }
+};
+
+// A row times pre_scale, if there is one.
+template <class Source>
+struct ScaledRow {
+  const Source& source;
+  const float* scale;
+  int64_t columns;
+  template <class Whole>
+  DTQ_INLINE V operator()(int64_t k, Whole whole) const {
+    const V v = source(k, whole);
+    return scale ? v * part_of(scale + k, whole ? kLanes : columns - k) : v;
+  }
+};
+
+inline void exchange(float*& a, float*& b) {
+  float* c = a;
+  a = b, b = c;
 }
 
-// Row `r` normalized if wanted, scaled, permuted and rotated; returns one of the two rows of `scratch`, and its
-// largest magnitudes.
-inline float* transformed_row(const Rows& q, int64_t r, float* scratch, I lane, I& largest) {
+// A row that comes from `source`, permuted and rotated to one of two rows; returns its largest magnitudes.
+template <class Source>
+inline I rotate_row(const Rows& q, const Source& source, float*& row, float*& other, I lane) {
   const int64_t padded = padded_row(q.columns), blocks = q.columns / q.hadamard_block;
-  float *row = scratch, *other = scratch + padded;
-  if (q.norm) normalize_row(q, r, row, other, lane);
-  load_row(q, r, row, lane);
-  if (q.perm) {
-    for (int64_t k = q.columns; k < padded; k++) other[k] = 0;
+  I largest;
+  if (!q.perm) {
+    largest = hadamard_row(q, source, row, lane);
+  } else {
+    for (int64_t k = 0; k < q.columns; k += kLanes)
+      store(row + k, k + kLanes <= q.columns ? source(k, Yes()) : source(k, No()));
     for (int64_t k = 0; k < q.columns; k++) other[k] = row[q.perm[k]];
-    float* permuted = other;
-    other = row, row = permuted;
-    short_stages(q, row, lane);
+    for (int64_t k = q.columns; k < padded; k++) other[k] = 0;
+    exchange(row, other);
+    largest = hadamard_row(q, FloatRow{row}, row, lane);
   }
-  largest = finish_transform(q, row);
-  if (q.num_rotations < 2) return row;
-  for (int64_t k = q.columns; k < padded; k++) other[k] = 0;
+  if (q.num_rotations < 2) return largest;
   for (int64_t b = 0; b < blocks; b++)
     for (int64_t i = 0; i < q.hadamard_block; i++) other[i * blocks + b] = row[b * q.hadamard_block + i];
-  short_stages(q, other, lane);
-  largest = finish_transform(q, other);
-  return other;
+  for (int64_t k = q.columns; k < padded; k++) other[k] = 0;
+  exchange(row, other);
+  return hadamard_row(q, FloatRow{row}, row, lane);
+}
+
+// Row `r` normalized if wanted, scaled, permuted and rotated, in `row`, which may be exchanged with `other`; returns
+// its largest magnitudes.
+template <Float type>
+inline I transform_row(const Rows& q, int64_t r, float*& row, float*& other, I lane) {
+  const InputRow<type> input(q, r);
+  if (!q.norm) return rotate_row(q, ScaledRow<InputRow<type>>{input, q.pre_scale, q.columns}, row, other, lane);
+  const NormalizedRow normalized(q, r, input, row, lane);
+  return rotate_row(q, ScaledRow<NormalizedRow>{normalized, q.pre_scale, q.columns}, row, other, lane);
 }
 
 // ---------------------------------------------------------------------------- quantization
@@ -283,9 +304,12 @@ void quantize(const Rows& q, int64_t first, int64_t last, float* scratch) {
   I lane;
   for (int i = 0; i < kLanes; i++) lane[i] = i;
   const V qmax = splat((float)q.qmax);
+  const auto transform = q.type == kFloat32    ? transform_row<kFloat32>
+                         : q.type == kBFloat16 ? transform_row<kBFloat16>
+                                               : transform_row<kFloat16>;
   for (int64_t r = first; r < last; r++) {
-    I largest;
-    float* row = transformed_row(q, r, scratch, lane, largest);
+    float *row = scratch, *other = scratch + padded_row(q.columns);
+    const I largest = transform(q, r, row, other, lane);
     if (q.out) {
       fake_quantize_row(q, row);
       for (int64_t k = 0; k < q.columns; k += 1024)

@@ -13,10 +13,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 CASTS = {"to", "type_as", "float", "bfloat16", "half", "type"}
 VIEWS = {"reshape", "view", "contiguous", "flatten", "squeeze", "unsqueeze"}
+DIVISIONS = {"truediv", "div"}
+"""``x / y``. Under a ``TorchFunctionMode``, as of int8 attention, Dynamo calls it ``div``."""
 FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 """Dtypes between which casts are ignored when a pattern is matched."""
 
-_PURE = {*CASTS, *VIEWS, *("add", "mul", "truediv", "dropout", "layer_norm", "gelu", "getitem")}
+_PURE = {*CASTS, *VIEWS, *DIVISIONS, *("add", "mul", "dropout", "layer_norm", "gelu", "getitem")}
 """Ops without side effects, in addition to those of dtq: such a node may be removed if its value is
 unused."""
 

@@ -3,13 +3,14 @@
 
     torch.compile(pipe.transformer, backend="dtq")
 
-compiles with inductor, after four rewrites that match patterns in the graph of any model:
+compiles with inductor, after five rewrites that match patterns in the graph of any model:
 
 - LayerNorm, ``* (1 + scale) + shift``, quantize: one pass over a token (``norm_quantize_rows``);
 - a quantized GEMM and GELU: GELU is the epilogue, before the output is rounded
   (``..._epilogue_linear``);
 - a quantized GEMM and ``gate * y + residual``: likewise;
-- an input that is quantized, or viewed, several times in the same way: only once.
+- an input that is quantized, or viewed, several times in the same way: only once;
+- a float linear of a few rows, as in the embeddings of timesteps: ``float_linear`` on a CPU.
 
 Intermediate results are no longer rounded to the model's dtype, so outputs differ by these
 roundings. A pattern is fused only if the fused op is compiled for the device and, on a GPU,
@@ -20,6 +21,7 @@ other user, no node in between writes to a tensor, and no gradient is required.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,6 +31,7 @@ from torch._dynamo.backends import registry
 
 from dtq.integrations.fx_graph import (
     CASTS,
+    DIVISIONS,
     FLOATS,
     VIEWS,
     Graph,
@@ -59,6 +62,9 @@ _EPILOGUES = {f"dtq::{kind}_linear": f"{kind}_epilogue_linear" for kind in ("w8a
 _OPERANDS = {"dtq::w8a8_epilogue_linear": 4, "dtq::w4a8_epilogue_linear": 5, "dtq::fp4_linear": 6}
 """GEMM ops with an epilogue, and the number of arguments before the bias."""
 
+FEW_ROWS = 16
+"""Rows up to which ``float_linear`` has a kernel."""
+
 
 @dataclass
 class Fused:
@@ -69,12 +75,14 @@ class Fused:
         gelus: GELUs fused with a GEMM.
         gates: ``gate * y + residual`` fused with a GEMM.
         shared: quantize ops replaced by an earlier one.
+        few: float linears of a few rows.
     """
 
     norms: int = 0
     gelus: int = 0
     gates: int = 0
     shared: int = 0
+    few: int = 0
 
 
 def register() -> None:
@@ -120,6 +128,8 @@ def fuse(module: fx.GraphModule) -> Fused:
             fused.gelus += 1
         elif name_of(node) == "add" and _fuse_gate(graph, node):
             fused.gates += 1
+        elif name_of(node) == "linear" and _replace_few_rows(graph, node):
+            fused.few += 1
     module.graph.lint()
     module.recompile()
     _log.info("dtq: %s", fused)
@@ -216,6 +226,30 @@ def _replace_by_gemm(graph: Graph, node: fx.Node, gemm: _Gemm, pattern: str) -> 
         y.meta = dict(gemm.node.meta)
         graph.position[y] = graph.position[node]
         shaped = y if gemm.sizes is None else new.call_method("reshape", (y, *gemm.sizes))
+    graph.replace(node, shaped)
+    return True
+
+
+def _replace_few_rows(graph: Graph, node: fx.Node) -> bool:
+    """Replace a float linear of a few rows on a CPU, whose time is that of reading the weight."""
+    args = _arguments(node, "input", "weight", "bias")
+    x, weight, bias = cast("list[Any]", [args.get(n) for n in ("input", "weight", "bias")])
+    if not all(map(is_tensor, (node, x, weight))) or value_of(node).device.type != "cpu":
+        return False
+    if value_of(node).requires_grad or not value_of(node).dim():
+        return False
+    if not value_of(x).dtype == value_of(weight).dtype == value_of(node).dtype in FLOATS:
+        return False
+    sizes = shape_of(node)
+    if not all(isinstance(size, int) for size in sizes) or math.prod(sizes[:-1]) > FEW_ROWS:
+        return False
+    if not _is_compiled(node, "float_linear"):
+        return False
+    new = graph.graph
+    with new.inserting_before(node):
+        flat = new.call_method("reshape", (x, -1, int(shape_of(weight)[1])))
+        y = new.call_function(ops.float_linear, (flat, weight, bias))
+        shaped = new.call_method("reshape", (y, *sizes))
     graph.replace(node, shaped)
     return True
 
@@ -361,8 +395,8 @@ def _is_no_op(node: fx.Node) -> bool:
     if name == "dropout":
         args = _arguments(node, "input", "p", "training")
         return args.get("p", 0.5) == 0 or args.get("training", True) is False
-    if name == "truediv":
-        return node.args[1:] == (1,)
+    if name in DIVISIONS:
+        return node.args[1:] == (1,) and not node.kwargs
     return name in VIEWS | CASTS
 
 

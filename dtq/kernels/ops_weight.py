@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ops that decode packed weights and multiply in float: references and fakes."""
+"""Ops that decode packed weights, or take float ones, and multiply in float: references, fakes."""
 
 from __future__ import annotations
 
@@ -59,6 +59,14 @@ def _cached_linear(
     return F.linear(x, w, None if bias is None else bias.to(x.dtype))
 
 
+def _float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))  # (M, K), (N, K)
+
+
+def _float_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
 def _linear_fake(x: Tensor, tensors: list[Tensor], *rest: object) -> Tensor:
     return x.new_empty((x.shape[0], tensors[0].shape[0]))
 
@@ -69,6 +77,11 @@ _RESULT = "int columns, ScalarType dtype"
 OPS = (
     (f"dequantize({_WEIGHT}, {_RESULT}) -> Tensor", _dequantize, _dequantize_fake),
     (f"weight_linear(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor", _weight_linear, _linear_fake),
+    (
+        "float_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+        _float_linear,
+        _float_linear_fake,
+    ),
     (
         f"cached_linear(Tensor x, {_WEIGHT}, {TRANSFORM_ARGS}, Tensor? bias) -> Tensor",
         _cached_linear,

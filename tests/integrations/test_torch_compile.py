@@ -19,6 +19,7 @@ from dtq.bench.layers import quantized
 from dtq.integrations import torch_compile
 from dtq.kernels import gpu_dispatch, gpu_fusion
 from dtq.nn import QuantLinear
+from dtq.nn.attention import use_int8_attention
 from dtq.nn.shared_inputs import share_input_transforms
 from dtq.plan.layers import LayerSpec
 
@@ -96,6 +97,28 @@ def test_a_block_is_fused(everywhere, weights, rank):
         torch_compile.Fused() if rank else torch_compile.Fused(norms=3, gelus=1, gates=1)
     )
     torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * float(want.abs().max()))
+
+
+def test_a_block_with_int8_attention_is_fused(everywhere):
+    # inside, Dynamo calls x / 1.0 by another name
+    model, given = nn.ModuleDict({"block": Block()}), block_inputs()
+    use_int8_attention(model, ["block"])
+    with torch.no_grad():
+        _, fused = run(model["block"], *given, fullgraph=True)
+    assert fused == torch_compile.Fused(norms=3, gelus=1, gates=1)
+
+
+def test_float_linears_of_a_few_rows_have_an_op_of_their_own(everywhere):
+    linear = nn.Linear(24, 8)
+    with torch.no_grad():
+        for shape, few in ((2, 24), 1), ((2, 8, 24), 1), ((17, 24), 0):
+            x = torch.randn(shape)
+            got, fused = run(linear, x)
+            assert fused.few == few, shape
+            torch.testing.assert_close(got, linear(x))
+            torch._dynamo.reset()
+    _, fused = run(linear, torch.randn(2, 24))  # the weight needs a gradient
+    assert fused.few == 0
 
 
 @pytest.mark.parametrize("slower", ["norm", "gelu", "gate"])

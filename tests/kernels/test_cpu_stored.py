@@ -122,6 +122,20 @@ def test_products_are_those_of_the_decoded_weight(isa, name, m):
             assert ((got.double() - want).abs() <= limit).all(), (n, k, dtype)
 
 
+@pytest.mark.parametrize("m", [1, 5, 16, 17])
+def test_float_weights_are_multiplied(isa, m):
+    for n, k in [(1, 1), (7, 40), (33, 1056)]:
+        for dtype in DTYPES:
+            x, w, bias = (
+                random(*s, seed=i).to(dtype) for i, s in enumerate([(m, k), (n, k), (n,)])
+            )
+            got = compiled.float_linear(x, w, bias)
+            assert (got.dtype, got.shape) == (dtype, (m, n))
+            want = x.double() @ w.double().T + bias.double()
+            limit = allowed(x, w.double(), want) + bias.double().abs() * 2.0**-22
+            assert ((got.double() - want).abs() <= limit).all(), (n, k, dtype)
+
+
 def test_a_token_does_not_depend_on_its_batch_or_the_threads(isa):
     given = arguments("int4-asym-g64", stored("int4-asym-g64", 301, 384))
     x = random(16, 384).bfloat16()

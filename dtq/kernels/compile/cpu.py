@@ -87,6 +87,7 @@ CPU = Library(
         "group_a8_linear",
         "dequantize",
         "weight_linear",
+        "float_linear",
         "w8a8_epilogue_linear",
         "w4a8_epilogue_linear",
         "gelu",
