@@ -90,11 +90,11 @@ units: setup
 engines: .venv-engines/.ready
 	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-engines/bin/python -m pytest tests/engines/test_torchao.py tests/engines/test_onnx.py tests/engines/test_modelopt.py tests/engines/test_openvino.py
 
-# on top of .venv, so that only the engines are installed
+# on top of .venv, so that only the engines are installed; Python compiles of them what a test imports
 .venv-engines/.ready: $(READY)
-	$(PYTHON) -m venv .venv-engines
+	$(PYTHON) -m venv --without-pip .venv-engines
 	$(BIN)/python -c 'import site; print(*site.getsitepackages())' > $$(.venv-engines/bin/python -c 'import site; print(*site.getsitepackages())')/base.pth
-	.venv-engines/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torchao onnx onnxscript onnxruntime nvidia-modelopt openvino
+	$(BIN)/pip --python .venv-engines/bin/python install -q --disable-pip-version-check --no-compile -c constraints.txt torchao onnx onnxscript onnxruntime nvidia-modelopt openvino
 	touch $@
 
 check: setup

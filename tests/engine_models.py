@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tiny
 import torch
+from conftest import hasty
 from torch import Tensor, nn
 
 import dtq
@@ -26,15 +27,37 @@ inputs is 1.003 +- 0.008 by chance; on 4000 it is +- 0.001."""
 
 
 @functools.cache
-def quantized(family: str, recipe: str, target: str, **overrides) -> tuple[nn.Module, nn.Module]:
-    """A float model, and the same quantized for a target, on random inputs."""
+def quantized(
+    family: str, recipe: str, target: str, shipped: bool | None = None, **overrides
+) -> tuple[nn.Module, nn.Module]:
+    """A float model, and the same quantized for a target, on random inputs.
+
+    Args:
+        family: of ``tiny.TRANSFORMERS``.
+        recipe: its name.
+        target: its name.
+        shipped: use the recipe as it is; otherwise round to nearest, in a quarter of the time: codes and
+            parameters of the same formats. None: only DiT has the recipe as it is.
+        overrides: of the recipe.
+    """
     model = tiny.TRANSFORMERS[family](heads=8)
-    inputs = [dummy_inputs(model, 2, t, seed) for seed, t in enumerate((900, 500, 100))]
-    copied = copy.deepcopy(model)
+    if shipped is None:
+        shipped = family not in ORIGINAL
     made = dtq.quantize(
-        copied, recipe, to=target, inputs=inputs, progress=False, sanity_check=False, **overrides
+        copy.deepcopy(model),
+        recipe if shipped else hasty(recipe, solver="rtn"),
+        to=target,
+        inputs=random_inputs(model),
+        progress=False,
+        sanity_check=False,
+        **overrides,
     )
     return model, made
+
+
+def random_inputs(model: nn.Module) -> list[dict]:
+    """Of three calls at different timesteps."""
+    return [dummy_inputs(model, 2, t, seed) for seed, t in enumerate((900, 500, 100))]
 
 
 def output(model: nn.Module, inputs: dict) -> Tensor:

@@ -34,11 +34,14 @@ class CodebookMoments:
     Args:
         x: the numbers (S,).
         weight: weight of the squared error of each (S,).
+        rising: they are sorted already.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor) -> None:
-        self.x, perm = x.double().sort()
-        weight = weight.double()[perm]
+    def __init__(self, x: Tensor, weight: Tensor, rising: bool = False) -> None:
+        self.x, weight = x.double(), weight.double()
+        if not rising:
+            self.x, order = self.x.sort()
+            weight = weight[order]
         zero = weight.new_zeros(1)
         self.sums = [torch.cat([zero, (weight * self.x**p).cumsum(0)]) for p in range(3)]
 
@@ -179,4 +182,18 @@ def _unsupported_entries(weight_lut: Tensor) -> str | None:
 
 def _nearest(u: Tensor, lut: Tensor) -> Tensor:
     """Index of the nearest of the rising entries (L,); a tie goes to the lower entry."""
-    return torch.bucketize(u, (lut[1:] + lut[:-1]) / 2, out_int32=True)
+    return interval(u, (lut[1:] + lut[:-1]) / 2)
+
+
+def interval(x: Tensor, bounds: Tensor) -> Tensor:
+    """How many of the rising bounds (L,) lie below each number, int32: ``torch.bucketize``.
+
+    On a CPU a binary search mispredicts every second branch: of few bounds and many numbers,
+    counting takes 8 ns a number instead of 20.
+    """
+    if x.device.type != "cpu" or len(bounds) > 15 or x.numel() < 2**14:
+        return torch.bucketize(x, bounds, out_int32=True)
+    not_below = torch.zeros(x.shape, dtype=torch.int8)  # a NaN is above every bound
+    for bound in bounds.tolist():
+        not_below += x <= bound
+    return len(bounds) - not_below.int()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dtq.formats.base import Clip, Format, PackedTensors, QParams, TensorSpec
 from dtq.formats.groups import broadcast_weights, divide, expand_groups, in_groups
-from dtq.formats.lut import SAMPLE, CodebookMoments, lloyd
+from dtq.formats.lut import SAMPLE, CodebookMoments, interval, lloyd
 from dtq.formats.packing import pack_bits, unpack_bits
 
 _TINY = 1e-30
@@ -121,25 +121,29 @@ class TwoLevelLut(Format):
 
     def _codes(self, u: Tensor, scale_2: Tensor, lut: Tensor, cols: slice | None = None) -> Tensor:
         """Code of the nearest int8 level of each number (N, columns), in units of the row scale."""
-        table = lut.reshape(-1)
-        scale = expand_groups(scale_2.float(), u.shape[1], self.group, cols)
-        first = torch.bucketize(divide(u, scale), (table[1:] + table[:-1]) / 2)
-        best, best_error = first, torch.full_like(u, torch.inf)
-        for step in (0, -1, 1):  # rounding to int8 may make a neighbor the nearest
-            codes = (first + step).clamp(0, 15)
-            error = (_level(table[codes], scale) - u).abs()
-            better = error < best_error
-            best, best_error = (
-                torch.where(better, codes, best),
-                torch.where(better, error, best_error),
-            )
-        return best
+        return self._nearest(u, scale_2, lut, cols)[0]
 
     def _levels(self, u: Tensor, scale_2: Tensor, lut: Tensor, cols: slice | None = None) -> Tensor:
         """The nearest int8 level of each number, float32."""
-        codes = self._codes(u, scale_2, lut, cols)
+        return self._nearest(u, scale_2, lut, cols)[1]
+
+    def _nearest(
+        self, u: Tensor, scale_2: Tensor, lut: Tensor, cols: slice | None
+    ) -> tuple[Tensor, Tensor]:
+        table = lut.reshape(-1)
         scale = expand_groups(scale_2.float(), u.shape[1], self.group, cols)
-        return _level(lut.reshape(-1)[codes], scale)
+        first = interval(divide(u, scale), (table[1:] + table[:-1]) / 2)
+        level = _level(_look_up(table, first), scale)
+        # levels rise with the codes, so rounding to int8 may make only that the nearest which is on
+        # the other side of the number
+        second = (first + (u > level).int() - (u < level).int()).clamp(0, 15)
+        other = _level(_look_up(table, second), scale)
+        nearer = (other - u).abs() < (level - u).abs()
+        return torch.where(nearer, second, first), torch.where(nearer, other, level)
+
+
+def _look_up(table: Tensor, codes: Tensor) -> Tensor:
+    return table.index_select(0, codes.flatten()).view(codes.shape)
 
 
 def _level(entries: Tensor, scale: Tensor) -> Tensor:
@@ -155,13 +159,12 @@ def _symmetric_lut(grouped: Tensor, weight: Tensor) -> Tensor:
     stride = -(-grouped.numel() // SAMPLE)
     sample = grouped[::stride]
     amax = sample.abs().amax(-1, keepdim=True)
-    unit, mass = (
-        divide(sample, amax).flatten(),
-        (weight * amax.square()).expand_as(sample).flatten(),
-    )
+    unit, order = divide(sample, amax).flatten().abs().double().sort()
+    mass = (weight * amax.square()).expand_as(sample).flatten()[order]
     if not bool(mass.any()):  # a matrix of zeros
         mass = torch.ones_like(mass)
-    entries = lloyd(CodebookMoments(torch.cat([unit, -unit]), torch.cat([mass, mass])), 4)
+    both = torch.cat([-unit.flip(0), unit]), torch.cat([mass.flip(0), mass])
+    entries = lloyd(CodebookMoments(*both, rising=True), 4)
     magnitude = ((entries - entries.flip(0)) / 2)[8:].clamp(min=1e-3).cummax(0).values
     return torch.cat([-magnitude.flip(0), magnitude]).float().reshape(1, -1)
 
@@ -172,7 +175,7 @@ def _least_squares_scale(target: Tensor, weight: Tensor, lut: Tensor) -> Tensor:
     bounds = (table[1:] + table[:-1]) / 2
     scale = target.abs().amax(-1)
     for _ in range(3):
-        entries = table[torch.bucketize(divide(target, scale.unsqueeze(-1)), bounds)]
+        entries = _look_up(table, interval(divide(target, scale.unsqueeze(-1)), bounds))
         along, norm = ((weight * entries * v).sum(-1) for v in (target, entries))
         scale = torch.where(norm > 0, along / norm, scale).clamp(min=0)
     return scale

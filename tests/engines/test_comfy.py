@@ -16,6 +16,7 @@ from dtq.engines.convrot import from_regular, to_regular
 from dtq.engines.runtimes import run_by
 from dtq.engines.runtimes.comfy_kitchen import quantized_weights
 from dtq.formats import FORMATS
+from dtq.formats.lut import interval
 from dtq.nn import QuantLinear
 
 needs_kitchen = pytest.mark.skipif(
@@ -129,6 +130,24 @@ def test_integer_sums_of_4_bit_weights_are_equal(target_name, limit, tmp_path):
         ), name
         checked += 1
     assert checked > 8
+
+
+@pytest.mark.parametrize(
+    "rows", [8, 200]
+)  # few numbers are searched in the table, many are counted
+def test_codes_of_4_bits_are_those_of_the_nearest_int8_level(rows):
+    w, fmt = layer_input(256, rows), FORMATS["lut4-2l-g16"]
+    params = fmt.compute_qparams(w)
+    scale_2 = params["weight_scale_2"].float().repeat_interleave(16, 1).unsqueeze(-1)
+    levels = (params["weight_lut"].reshape(-1) * scale_2).round().clamp(-127, 127)
+    u = w / params["weight_scale"]
+    nearest = (levels - u.unsqueeze(-1)).abs().amin(-1)
+    got = fmt.unpack(fmt.pack(w, params)) / params["weight_scale"]
+    torch.testing.assert_close((got - u).abs(), nearest, rtol=0, atol=1e-4)
+    assert torch.equal(fmt.fake_quantize(w, params), fmt.unpack(fmt.pack(w, params)))
+    bounds = u[-1, :15].sort().values
+    u[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    assert torch.equal(interval(u, bounds), torch.bucketize(u, bounds, out_int32=True))
 
 
 @pytest.mark.parametrize("block", [4, 16, 64, 256])

@@ -13,7 +13,8 @@ import tiny
 import torch
 import zoo
 from click.testing import CliRunner
-from engine_models import ORIGINAL, model_errors, output, quantized
+from conftest import hasty
+from engine_models import ORIGINAL, model_errors, output, quantized, random_inputs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -100,12 +101,11 @@ MODELS = {
 def gguf(request, tmp_path_factory):
     """A float model, the quantized one, and its GGUF file with original names."""
     model = MODELS[request.param]()
-    inputs = [dummy_inputs(model, 2, t, seed) for seed, t in enumerate((900, 500, 100))]
     made = dtq.quantize(
         copy.deepcopy(model),
-        "gguf-q4",
+        hasty("gguf-q4", solver="rtn"),
         to="gguf",
-        inputs=inputs,
+        inputs=random_inputs(model),
         progress=False,
         sanity_check=False,
     )
@@ -172,17 +172,17 @@ def test_codes_survive_every_order_of_names():
 
 
 @pytest.mark.parametrize(
-    ("target", "shared"),
+    ("family", "target", "shared", "shipped"),
     [
-        ("comfy-w4a8", "weight_lut"),
-        ("comfy-nvfp4", "weight_scale_2"),
-        ("comfy-fp8", "weight_scale"),
+        ("sd3", "comfy-w4a8", "weight_lut", True),  # GPTQ of the joined matrix
+        ("flux", "comfy-w4a8", "weight_lut", False),
+        ("flux", "comfy-nvfp4", "weight_scale_2", False),
+        ("flux", "comfy-fp8", "weight_scale", False),
     ],
 )
-@pytest.mark.parametrize("family", ORIGINAL)
-def test_joined_layers_share_what_a_format_has_once(family, target, shared, tmp_path):
+def test_joined_layers_share_what_a_format_has_once(family, target, shared, shipped, tmp_path):
     """Solved as one matrix for the target; without it they differ, and are refused by name."""
-    model, made = quantized(family, COMFY[target], target)
+    model, made = quantized(family, COMFY[target], target, shipped)
     joined = joined_layers(key_map(config_of(made)))
     matrices: dict[str, list[QuantLinear]] = {}
     for name, matrix in joined.items():
@@ -190,9 +190,12 @@ def test_joined_layers_share_what_a_format_has_once(family, target, shared, tmp_
     for layers in matrices.values():
         parts = [layer.packed_tensor(shared) for layer in layers]
         assert all((part == parts[0][:1]).all() for part in parts)
-    inputs = [dummy_inputs(model, 2, t, seed) for seed, t in enumerate((900, 500, 100))]
     alone = dtq.quantize(
-        copy.deepcopy(model), COMFY[target], inputs=inputs, progress=False, sanity_check=False
+        copy.deepcopy(model),
+        COMFY[target] if shipped else hasty(COMFY[target], solver="rtn"),
+        inputs=random_inputs(model),
+        progress=False,
+        sanity_check=False,
     )
     file = tmp_path / "model.safetensors"
     with pytest.raises(InputError, match=rf"one {shared} for all rows.*--names diffusers"):
@@ -215,9 +218,10 @@ def matrices_of(model: nn.Module) -> list[set[str]]:
 
 def sd3_for(target: str, **overrides) -> nn.Module:
     """A tiny model, quantized for a target on random inputs."""
-    model = tiny.sd3(heads=8)
-    inputs = [dummy_inputs(model, 2, t, seed) for seed, t in enumerate((900, 500, 100))]
-    return dtq.quantize(model, COMFY[target], to=target, inputs=inputs, progress=False, **overrides)
+    model = tiny.sd3()
+    return dtq.quantize(
+        model, COMFY[target], to=target, inputs=random_inputs(model), progress=False, **overrides
+    )
 
 
 def test_layers_of_one_matrix_are_promoted_together(tmp_path):
