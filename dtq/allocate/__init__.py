@@ -17,7 +17,7 @@ from dtq.allocate.allocation import (
     parse_budget,
     parse_size,
 )
-from dtq.allocate.knapsack import LIMIT, Bounds, Option, knapsack
+from dtq.allocate.knapsack import LIMIT, Option, knapsack
 from dtq.allocate.measure import Measured, measure, sensitivities
 from dtq.allocate.metrics import GROUPS, METRICS, groups_of
 
@@ -27,7 +27,6 @@ __all__ = [
     "METRICS",
     "Allocation",
     "AllocationRow",
-    "Bounds",
     "Measured",
     "Option",
     "allocate",

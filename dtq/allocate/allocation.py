@@ -12,15 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dtq.allocate.knapsack import (
-    LIMIT,
-    Bounds,
-    Option,
-    ParetoFront,
-    affordable,
-    pareto_front,
-    pick,
-)
+from dtq.allocate.knapsack import LIMIT, Option, ParetoFront, affordable, pareto_front, pick
 from dtq.allocate.measure import sensitivities
 from dtq.errors import InputError
 
@@ -55,8 +47,8 @@ class Allocation:
         budget: bytes that are allowed.
         bytes: bytes that are used.
         sensitivity: predicted relative squared error of the output: the sum over items.
-        lowest: the smallest choice there is, within the bounds of groups if there are any.
-        highest: the cheapest choice of the lowest sensitivity, within the same bounds.
+        lowest: the smallest choice there is.
+        highest: the cheapest choice of the lowest sensitivity.
     """
 
     rows: tuple[AllocationRow, ...]
@@ -84,7 +76,6 @@ def allocate(
     groups: Mapping[str, str],
     weights: Mapping[str, int],
     per_group_metric: bool = True,
-    bounds: Bounds | None = None,
 ) -> Allocation:
     """Choose the options of the lowest total sensitivity within a budget.
 
@@ -96,7 +87,6 @@ def allocate(
         groups: item to a key of ``METRICS``, from :func:`groups_of`.
         weights: number of weights of each item.
         per_group_metric: rank the items of a group by its metric, see :func:`sensitivities`.
-        bounds: lowest and highest bytes of some groups.
 
     Returns:
         The allocation.
@@ -105,7 +95,7 @@ def allocate(
         InputError: there is no such choice, see :func:`knapsack`.
     """
     sensitivity = sensitivities(measured, groups, per_group_metric=per_group_metric)
-    return choose(sensitivity, costs, budget, groups=groups, weights=weights, bounds=bounds)
+    return choose(sensitivity, costs, budget, groups=groups, weights=weights)
 
 
 def choose(
@@ -115,7 +105,6 @@ def choose(
     *,
     groups: Mapping[str, str],
     weights: Mapping[str, int],
-    bounds: Bounds | None = None,
     total: Callable[[Mapping[str, str]], int] | None = None,
 ) -> Allocation:
     """Choose one option per item, with the lowest sum of sensitivities within a budget.
@@ -124,9 +113,8 @@ def choose(
         sensitivity: item, option to the error that it adds.
         costs: bytes of each item under each option.
         budget: bytes.
-        groups: item to the name of its group, for ``bounds`` and the rows.
+        groups: item to the name of its group, for the rows.
         weights: number of weights of each item.
-        bounds: lowest and highest bytes of some groups.
         total: bytes of a choice (item to option) that count for the budget. Default: the sum of the
             costs. It may add what the choice changes little, such as headers of files.
 
@@ -140,15 +128,14 @@ def choose(
         item: [Option(o, costs[item][o], s) for o, s in options.items()]
         for item, options in sensitivity.items()
     }
-    front, names = pareto_front(tables, bounds or {}, groups, LIMIT)
-    lowest, highest = (pick(tables, front, names, index) for index in (0, -1))
+    front = pareto_front(tables, LIMIT)
+    lowest, highest = (pick(tables, front, index) for index in (0, -1))
     if total is None:
-        chosen = pick(
-            tables, front, names, affordable(front, budget, sum(weights[i] for i in tables))
-        )
+        index = affordable(front, budget, sum(weights[i] for i in tables))
+        chosen = pick(tables, front, index)
         used = _sum("chosen", chosen).cost
     else:
-        chosen, used = _within_total(tables, front, names, budget, total)
+        chosen, used = _within_total(tables, front, budget, total)
     rows = tuple(
         AllocationRow(i, groups[i], o.name, o.cost, 8 * o.cost / weights[i], o.sensitivity)
         for i, o in chosen.items()
@@ -160,7 +147,6 @@ def choose(
 def _within_total(
     tables: Mapping[str, Sequence[Option]],
     front: ParetoFront,
-    names: Sequence[str],
     budget: int,
     total: Callable[[Mapping[str, str]], int],
 ) -> tuple[dict[str, Option], int]:
@@ -173,7 +159,7 @@ def _within_total(
     costs = front.points[:, 0]
 
     def at(index: int) -> tuple[dict[str, Option], int]:
-        chosen = pick(tables, front, names, index)
+        chosen = pick(tables, front, index)
         return chosen, total({item: option.name for item, option in chosen.items()})
 
     last = len(costs) - 1

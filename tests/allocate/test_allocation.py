@@ -176,29 +176,6 @@ def test_equal_sensitivities_upgrade_the_cheapest_first():
         assert sorted(int(i[1:]) for i, o in chosen.items() if o.name == "high") == cheapest
 
 
-def test_bounds_by_brute_force():
-    rng = random.Random(0)
-    for trial in range(60):
-        items = tables("ties" if trial % 2 else "any", rng, 5, 3)
-        group_of = {"i0": "a", "i1": "a", "i2": "b", "i3": "b"}  # i4 is free
-        bounds = {"a": (rng.randint(0, 60), rng.randint(20, 80)), "b": (0, rng.randint(10, 80))}
-
-        def fits(picks, bounds=bounds):
-            a, b = picks[0].cost + picks[1].cost, picks[2].cost + picks[3].cost
-            (a0, a1), (b0, b1) = bounds["a"], bounds["b"]
-            return a0 <= a <= a1 and b0 <= b <= b1
-
-        for budget in budgets(items):
-            allowed = [d for d, c, p in all_choices(items) if c <= budget and fits(p)]
-            if not allowed:
-                with pytest.raises(InputError):
-                    knapsack(items, budget, bounds=bounds, group_of=group_of)
-                continue
-            chosen = knapsack(items, budget, bounds=bounds, group_of=group_of)
-            assert fits(list(chosen.values()))
-            assert sensitivity(chosen) == pytest.approx(min(allowed), rel=1e-12, abs=1e-15)
-
-
 def test_too_small_names_the_smallest_budget():
     items = {"a": [Option("x", 300, 1.0), Option("y", 500, 0.0)], "b": [Option("x", 33, 1.0)]}
     with pytest.raises(InputError, match=r"200 bytes .* at least 333 bytes \(2\.664 bits"):
@@ -488,10 +465,6 @@ def test_allocate():
     assert json.loads(json.dumps(allocation.to_json()))["rows"][0]["bits"] in (4, 8)
     ordered = list(allocation.choice.values())
     assert set(ordered) == {"w4", "w8"}
-    bounded = allocate(
-        measured, costs, budget, groups=groups, weights=weights, bounds={"text": (0, 450)}
-    )
-    assert {o for i, o in bounded.choice.items() if groups[i] == "text"} == {"w4"}
     with pytest.raises(InputError, match=r"at least 1050 bytes \(4\.000 bits per weight\)"):
         allocate(measured, costs, 1000, groups=groups, weights=weights)
 
