@@ -12,7 +12,6 @@ one choice for all timesteps, because a second copy of a weight would cost what 
 from dtq.allocate.allocation import (
     Allocation,
     AllocationRow,
-    allocate,
     choose,
     parse_budget,
     parse_size,
@@ -29,7 +28,6 @@ __all__ = [
     "AllocationRow",
     "Measured",
     "Option",
-    "allocate",
     "choose",
     "groups_of",
     "knapsack",

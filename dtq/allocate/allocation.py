@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from dtq.allocate.knapsack import LIMIT, Option, ParetoFront, affordable, pareto_front, pick
-from dtq.allocate.measure import sensitivities
 from dtq.errors import InputError
 
 
@@ -68,36 +67,6 @@ class Allocation:
         return asdict(self)
 
 
-def allocate(
-    measured: Mapping[str, Mapping[str, Mapping[str, float]]],
-    costs: Mapping[str, Mapping[str, int]],
-    budget: int,
-    *,
-    groups: Mapping[str, str],
-    weights: Mapping[str, int],
-    per_group_metric: bool = True,
-) -> Allocation:
-    """Choose the options of the lowest total sensitivity within a budget.
-
-    Args:
-        measured: item, option, metric to error, from :func:`measure`. An option may be added with
-            every metric zero: the unquantized layer.
-        costs: bytes of each item under each measured option.
-        budget: bytes for all items together.
-        groups: item to a key of ``METRICS``, from :func:`groups_of`.
-        weights: number of weights of each item.
-        per_group_metric: rank the items of a group by its metric, see :func:`sensitivities`.
-
-    Returns:
-        The allocation.
-
-    Raises:
-        InputError: there is no such choice, see :func:`knapsack`.
-    """
-    sensitivity = sensitivities(measured, groups, per_group_metric=per_group_metric)
-    return choose(sensitivity, costs, budget, groups=groups, weights=weights)
-
-
 def choose(
     sensitivity: Mapping[str, Mapping[str, float]],
     costs: Mapping[str, Mapping[str, int]],
@@ -110,7 +79,8 @@ def choose(
     """Choose one option per item, with the lowest sum of sensitivities within a budget.
 
     Args:
-        sensitivity: item, option to the error that it adds.
+        sensitivity: item, option to the error that it adds, from :func:`sensitivities`. An option
+            may be added with the error 0: the unquantized layer.
         costs: bytes of each item under each option.
         budget: bytes.
         groups: item to the name of its group, for the rows.

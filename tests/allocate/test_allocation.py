@@ -18,7 +18,6 @@ from dtq.allocate import (
     LIMIT,
     METRICS,
     Option,
-    allocate,
     choose,
     groups_of,
     knapsack,
@@ -446,17 +445,17 @@ def test_a_metric_per_group_at_zero_and_infinity():
     assert sensitivity_of["i2"]["float"] == 0
 
 
-def test_allocate():
+def test_choose():
     measured, groups = random_measurements(random.Random(1))
     weights = {item: 100 * (i + 1) for i, item in enumerate(measured)}
     costs = {i: {"w4": n // 2, "w8": n} for i, n in weights.items()}
     for item in measured:
         measured[item]["w8"] = {m: d / 100 for m, d in measured[item]["w4"].items()}
     budget = parse_budget("6", sum(weights.values()))
-    allocation = allocate(measured, costs, budget, groups=groups, weights=weights)
+    sensitivity_of = sensitivities(measured, groups)
+    allocation = choose(sensitivity_of, costs, budget, groups=groups, weights=weights)
     assert set(allocation.choice) == set(measured)
     assert allocation.bytes == sum(costs[i][o] for i, o in allocation.choice.items()) <= budget
-    sensitivity_of = sensitivities(measured, groups)
     assert allocation.sensitivity == pytest.approx(
         sum(sensitivity_of[i][o] for i, o in allocation.choice.items())
     )
@@ -466,7 +465,7 @@ def test_allocate():
     ordered = list(allocation.choice.values())
     assert set(ordered) == {"w4", "w8"}
     with pytest.raises(InputError, match=r"at least 1050 bytes \(4\.000 bits per weight\)"):
-        allocate(measured, costs, 1000, groups=groups, weights=weights)
+        choose(sensitivity_of, costs, 1000, groups=groups, weights=weights)
 
 
 @pytest.mark.parametrize(
