@@ -7,7 +7,9 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 
-from dtq.allocate import choose, groups_of, parse_budget, sensitivities
+from dtq.allocate.allocation import choose, parse_budget
+from dtq.allocate.measure import sensitivities
+from dtq.allocate.metrics import groups_of
 from dtq.engines.constrain import in_format
 from dtq.plan import Plan
 from dtq.stages.candidates import measure_candidates

@@ -13,18 +13,11 @@ import tiny
 import torch
 from torch import nn
 
-from dtq.allocate import (
-    GROUPS,
-    LIMIT,
-    METRICS,
-    Option,
-    choose,
-    groups_of,
-    knapsack,
-    measure,
-    parse_budget,
-    sensitivities,
-)
+from dtq.allocate import parse_budget
+from dtq.allocate.allocation import choose
+from dtq.allocate.knapsack import LIMIT, Option, knapsack
+from dtq.allocate.measure import measure, sensitivities
+from dtq.allocate.metrics import GROUPS, METRICS, groups_of
 from dtq.errors import InputError
 from dtq.models import ROLES, InputGroup, Linear
 from dtq.pipelines.recorded_calls import RecordedCall, subsample
