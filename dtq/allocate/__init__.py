@@ -9,33 +9,6 @@ the paper's: proxies that read only the transformer's output, a solver, bytes in
 one choice for all timesteps, because a second copy of a weight would cost what the first one saves.
 """
 
-from dtq.allocate.allocation import (
-    Allocation,
-    AllocationRow,
-    allocate,
-    choose,
-    parse_budget,
-    parse_size,
-)
-from dtq.allocate.knapsack import LIMIT, Bounds, Option, knapsack
-from dtq.allocate.measure import Measured, measure, sensitivities
-from dtq.allocate.metrics import GROUPS, METRICS, groups_of
+from dtq.allocate.allocation import parse_budget, parse_size
 
-__all__ = [
-    "GROUPS",
-    "LIMIT",
-    "METRICS",
-    "Allocation",
-    "AllocationRow",
-    "Bounds",
-    "Measured",
-    "Option",
-    "allocate",
-    "choose",
-    "groups_of",
-    "knapsack",
-    "measure",
-    "parse_budget",
-    "parse_size",
-    "sensitivities",
-]
+__all__ = ["parse_budget", "parse_size"]

@@ -12,16 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dtq.allocate.knapsack import (
-    LIMIT,
-    Bounds,
-    Option,
-    ParetoFront,
-    affordable,
-    pareto_front,
-    pick,
-)
-from dtq.allocate.measure import sensitivities
+from dtq.allocate.knapsack import LIMIT, Option, ParetoFront, affordable, pareto_front, pick
 from dtq.errors import InputError
 
 
@@ -55,8 +46,8 @@ class Allocation:
         budget: bytes that are allowed.
         bytes: bytes that are used.
         sensitivity: predicted relative squared error of the output: the sum over items.
-        lowest: the smallest choice there is, within the bounds of groups if there are any.
-        highest: the cheapest choice of the lowest sensitivity, within the same bounds.
+        lowest: the smallest choice there is.
+        highest: the cheapest choice of the lowest sensitivity.
     """
 
     rows: tuple[AllocationRow, ...]
@@ -76,38 +67,6 @@ class Allocation:
         return asdict(self)
 
 
-def allocate(
-    measured: Mapping[str, Mapping[str, Mapping[str, float]]],
-    costs: Mapping[str, Mapping[str, int]],
-    budget: int,
-    *,
-    groups: Mapping[str, str],
-    weights: Mapping[str, int],
-    per_group_metric: bool = True,
-    bounds: Bounds | None = None,
-) -> Allocation:
-    """Choose the options of the lowest total sensitivity within a budget.
-
-    Args:
-        measured: item, option, metric to error, from :func:`measure`. An option may be added with
-            every metric zero: the unquantized layer.
-        costs: bytes of each item under each measured option.
-        budget: bytes for all items together.
-        groups: item to a key of ``METRICS``, from :func:`groups_of`.
-        weights: number of weights of each item.
-        per_group_metric: rank the items of a group by its metric, see :func:`sensitivities`.
-        bounds: lowest and highest bytes of some groups.
-
-    Returns:
-        The allocation.
-
-    Raises:
-        InputError: there is no such choice, see :func:`knapsack`.
-    """
-    sensitivity = sensitivities(measured, groups, per_group_metric=per_group_metric)
-    return choose(sensitivity, costs, budget, groups=groups, weights=weights, bounds=bounds)
-
-
 def choose(
     sensitivity: Mapping[str, Mapping[str, float]],
     costs: Mapping[str, Mapping[str, int]],
@@ -115,18 +74,17 @@ def choose(
     *,
     groups: Mapping[str, str],
     weights: Mapping[str, int],
-    bounds: Bounds | None = None,
     total: Callable[[Mapping[str, str]], int] | None = None,
 ) -> Allocation:
     """Choose one option per item, with the lowest sum of sensitivities within a budget.
 
     Args:
-        sensitivity: item, option to the error that it adds.
+        sensitivity: item, option to the error that it adds, from :func:`sensitivities`. An option
+            may be added with the error 0: the unquantized layer.
         costs: bytes of each item under each option.
         budget: bytes.
-        groups: item to the name of its group, for ``bounds`` and the rows.
+        groups: item to the name of its group, for the rows.
         weights: number of weights of each item.
-        bounds: lowest and highest bytes of some groups.
         total: bytes of a choice (item to option) that count for the budget. Default: the sum of the
             costs. It may add what the choice changes little, such as headers of files.
 
@@ -140,15 +98,14 @@ def choose(
         item: [Option(o, costs[item][o], s) for o, s in options.items()]
         for item, options in sensitivity.items()
     }
-    front, names = pareto_front(tables, bounds or {}, groups, LIMIT)
-    lowest, highest = (pick(tables, front, names, index) for index in (0, -1))
+    front = pareto_front(tables, LIMIT)
+    lowest, highest = (pick(tables, front, index) for index in (0, -1))
     if total is None:
-        chosen = pick(
-            tables, front, names, affordable(front, budget, sum(weights[i] for i in tables))
-        )
+        index = affordable(front, budget, sum(weights[i] for i in tables))
+        chosen = pick(tables, front, index)
         used = _sum("chosen", chosen).cost
     else:
-        chosen, used = _within_total(tables, front, names, budget, total)
+        chosen, used = _within_total(tables, front, budget, total)
     rows = tuple(
         AllocationRow(i, groups[i], o.name, o.cost, 8 * o.cost / weights[i], o.sensitivity)
         for i, o in chosen.items()
@@ -160,7 +117,6 @@ def choose(
 def _within_total(
     tables: Mapping[str, Sequence[Option]],
     front: ParetoFront,
-    names: Sequence[str],
     budget: int,
     total: Callable[[Mapping[str, str]], int],
 ) -> tuple[dict[str, Option], int]:
@@ -173,7 +129,7 @@ def _within_total(
     costs = front.points[:, 0]
 
     def at(index: int) -> tuple[dict[str, Option], int]:
-        chosen = pick(tables, front, names, index)
+        chosen = pick(tables, front, index)
         return chosen, total({item: option.name for item, option in chosen.items()})
 
     last = len(costs) - 1

@@ -31,10 +31,6 @@ class Option:
     sensitivity: float
 
 
-Bounds = Mapping[str, tuple[int, int]]
-"""Group to the lowest and the highest bytes that its items may take together."""
-
-
 LIMIT = 16384
 """Largest number of points of a Pareto front. With 200 random items of five options, the total
 sensitivity is within 0.1 % of the linear relaxation, a lower bound, and the front takes a second
@@ -45,8 +41,6 @@ def knapsack(
     tables: Mapping[str, Sequence[Option]],
     budget: int,
     *,
-    bounds: Bounds | None = None,
-    group_of: Mapping[str, str] | None = None,
     weights: int = 0,
     limit: int = LIMIT,
 ) -> dict[str, Option]:
@@ -66,8 +60,6 @@ def knapsack(
     Args:
         tables: the options of each item, in any order.
         budget: bytes.
-        bounds: lowest and highest bytes of some groups.
-        group_of: the group of each item; items of other groups are free.
         weights: number of weights in all items, for messages in bits. 0: messages in bytes only.
         limit: largest number of points of a front.
 
@@ -75,18 +67,17 @@ def knapsack(
         Item to its option.
 
     Raises:
-        InputError: the budget is too small (the message has the smallest one), a group cannot be
-            within its bounds, or an item has no option of finite sensitivity.
+        InputError: the budget is too small (the message has the smallest one), or an item has no
+            option of finite sensitivity.
     """
-    front, names = pareto_front(tables, bounds or {}, group_of or {}, limit)
-    return pick(tables, front, names, affordable(front, budget, weights))
+    front = pareto_front(tables, limit)
+    return pick(tables, front, affordable(front, budget, weights))
 
 
 class ParetoFront(NamedTuple):
     """Sums of cost and sensitivity that some items can come to, by rising cost.
 
-    Sums that another one beats are left out, except those of one item alone and those of a group
-    with a lower bound.
+    Sums that another one beats are left out, except those of one item alone.
 
     Sensitivities are whole multiples of 2^-60 of the largest sum. Their addition is exact in any
     order, so equal sums compare equal.
@@ -94,7 +85,7 @@ class ParetoFront(NamedTuple):
     Attributes:
         points: cost and sensitivity of each sum, (S, 2).
         hull: vertices of the lower convex hull, collinear ones too, (V, 2).
-        picks: index of the option of each item, (S, items).
+        picks: index of the option of each item, in the order of the items, (S, items).
     """
 
     points: NDArray[np.int64]
@@ -106,26 +97,18 @@ def _finite(options: Sequence[Option]) -> list[Option]:
     return [option for option in options if math.isfinite(option.sensitivity)]
 
 
-def pareto_front(
-    tables: Mapping[str, Sequence[Option]],
-    bounds: Bounds,
-    group_of: Mapping[str, str],
-    limit: int,
-) -> tuple[ParetoFront, list[str]]:
+def pareto_front(tables: Mapping[str, Sequence[Option]], limit: int) -> ParetoFront:
     """The Pareto front of all items.
 
     Args:
         tables: the options of each item, in any order.
-        bounds: lowest and highest bytes of some groups.
-        group_of: the group of each item; items of other groups are free.
         limit: largest number of points of the front.
 
     Returns:
-        The front, and the items in the order of its picks.
+        The front.
 
     Raises:
-        InputError: a group cannot be within its bounds, or an item has no option of finite
-            sensitivity.
+        InputError: an item has no option of finite sensitivity.
     """
     if broken := [item for item, options in tables.items() if not _finite(options)]:
         raise InputError(
@@ -135,24 +118,12 @@ def pareto_front(
     usable = {item: _finite(options) for item, options in tables.items()}
     largest = sum(max(abs(o.sensitivity) for o in options) for options in usable.values())
     unit = max(largest, 1e-200) / 2**60
-    singles = {
-        item: _single([(o.cost, round(o.sensitivity / unit)) for o in options])
-        for item, options in usable.items()
-    }
+    singles = [
+        _single([(o.cost, round(o.sensitivity / unit)) for o in options])
+        for options in usable.values()
+    ]
     start = _single([(0, 0)])._replace(picks=np.empty((1, 0), np.int16))
-
-    def sum_of(items: list[str], dominated: bool = False) -> ParetoFront:
-        return reduce(lambda front, i: _add(front, singles[i], limit, dominated), items, start)
-
-    names = [item for item in singles if group_of.get(item) not in bounds]
-    front = sum_of(names)
-    for group, (least, most) in bounds.items():
-        members = [item for item in singles if group_of.get(item) == group]
-        # a lower bound on bytes may need sums that others dominate
-        inside = _within(sum_of(members, least > 0), group, least, most, max(1, limit // 8))
-        front = _add(front, inside, limit)
-        names += members
-    return front, names
+    return reduce(lambda front, single: _add(front, single, limit), singles, start)
 
 
 def _single(points: Sequence[tuple[int, int]]) -> ParetoFront:
@@ -177,13 +148,12 @@ def _above(a: tuple[int, int], b: tuple[int, int], c: tuple[int, int]) -> bool:
     return (b[1] - a[1]) * (c[0] - a[0]) > (c[1] - a[1]) * (b[0] - a[0])
 
 
-def _add(a: ParetoFront, b: ParetoFront, limit: int, dominated: bool = False) -> ParetoFront:
-    """Sums of a point of ``a`` and a point of ``b``; ``dominated`` keeps one sum of every cost."""
+def _add(a: ParetoFront, b: ParetoFront, limit: int) -> ParetoFront:
+    """Sums of a point of ``a`` and a point of ``b``."""
     points = (a.points[:, None] + b.points).reshape(-1, 2)
     order = np.lexsort((points[:, 1], points[:, 0]))
-    cost, sensitivity = points[order].T
-    rising = cost if dominated else -np.minimum.accumulate(sensitivity)
-    order = order[np.r_[True, rising[1:] > rising[:-1]]]
+    lowest = np.minimum.accumulate(points[order, 1])
+    order = order[np.r_[True, lowest[1:] < lowest[:-1]]]
     edges = np.concatenate([np.diff(a.hull, axis=0), np.diff(b.hull, axis=0)])
     edges = edges[np.argsort(edges[:, 1] / edges[:, 0], kind="stable")]
     hull = np.cumsum(np.concatenate([a.hull[:1] + b.hull[:1], edges]), axis=0)
@@ -205,19 +175,6 @@ def _thin(points: NDArray[np.int64], hull: NDArray[np.int64], limit: int) -> NDA
     return np.union1d(nearest, vertices)
 
 
-def _within(front: ParetoFront, group: str, least: int, most: int, limit: int) -> ParetoFront:
-    cost = front.points[:, 0]
-    inside = np.flatnonzero((cost >= least) & (cost <= most))
-    if not len(inside):
-        raise InputError(
-            f"group {group}: no choice takes between {least} and {most} bytes; "
-            f"its choices take from {cost[0]} to {cost[-1]}"
-        )
-    hull = _hull(front.points[inside])
-    inside = inside[_thin(front.points[inside], hull, limit)]
-    return ParetoFront(front.points[inside], hull, front.picks[inside])
-
-
 def affordable(front: ParetoFront, budget: int, weights: int) -> int:
     """Index of the last point within the budget.
 
@@ -235,21 +192,20 @@ def affordable(front: ParetoFront, budget: int, weights: int) -> int:
 
 
 def pick(
-    tables: Mapping[str, Sequence[Option]], front: ParetoFront, names: Sequence[str], index: int
+    tables: Mapping[str, Sequence[Option]], front: ParetoFront, index: int
 ) -> dict[str, Option]:
     """The options of a point of a front.
 
     Args:
         tables: the options of each item, as the front was built from.
         front: from :func:`pareto_front`.
-        names: the items in the order of its picks.
         index: of the point.
 
     Returns:
         Item to its option.
     """
-    picks = dict(zip(names, front.picks[index].tolist(), strict=True))
-    return {item: _finite(options)[picks[item]] for item, options in tables.items()}
+    picks = zip(tables.items(), front.picks[index].tolist(), strict=True)
+    return {item: _finite(options)[picked] for (item, options), picked in picks}
 
 
 def _amount(count: int, weights: int, toward: Callable[[Fraction], int]) -> str:

@@ -8,12 +8,12 @@ such an output shows the cause; a black image does not.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from dtq.errors import NonFiniteError
 from dtq.models.timestep import sample_timesteps, timestep_argument
@@ -76,16 +76,8 @@ class StepTrace:
 
 def count_nonfinite(value: Any) -> int:
     """Number of NaN or infinite entries in the tensors of nested tuples, lists and mappings."""
-    return sum(int((~t.isfinite()).sum()) for t in _float_tensors(value))
-
-
-def _float_tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _float_tensors(item)
+    floats = (t for t in tree_iter(value) if isinstance(t, Tensor) and t.is_floating_point())
+    return sum(int((~t.isfinite()).sum()) for t in floats)
 
 
 def _check(

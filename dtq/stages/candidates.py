@@ -57,7 +57,7 @@ class CandidateLayers(Mapping[str, dict[str, nn.Module]]):
 def measure_candidates(
     run: Run, items: Mapping[str, Options], num_inputs: int, what: str
 ) -> Measured:
-    """Errors of the options of each item, see :func:`dtq.allocate.measure`.
+    """Errors of the options of each item, see :func:`dtq.allocate.measure.measure`.
 
     Args:
         run: a run whose model is still float; its step clock is installed.

@@ -7,7 +7,9 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 
-from dtq.allocate import allocate, groups_of, parse_budget
+from dtq.allocate.allocation import choose, parse_budget
+from dtq.allocate.measure import sensitivities
+from dtq.allocate.metrics import groups_of
 from dtq.engines.constrain import in_format
 from dtq.plan import Plan
 from dtq.stages.candidates import measure_candidates
@@ -30,14 +32,14 @@ def mixed_precision(run: Run) -> None:
     members = members_of(run)
     results = solve_every_format(run, members)
     weights = {g: sum(math.prod(plan[x].shape) for x in names) for g, names in members.items()}
-    costs = costs_of(results, plan.bins)
-    chosen = allocate(
-        measure_candidates(run, results, settings.num_inputs, "allocate"),
-        costs,
+    groups = groups_of(g for g in run.scan.input_groups if g.name in members)
+    measured = measure_candidates(run, results, settings.num_inputs, "allocate")
+    chosen = choose(
+        sensitivities(measured, groups, per_group_metric=settings.per_group_metric),
+        costs_of(results, plan.bins),
         parse_budget(str(settings.budget), sum(weights.values())),
-        groups=groups_of(g for g in run.scan.input_groups if g.name in members),
+        groups=groups,
         weights=weights,
-        per_group_metric=settings.per_group_metric,
     )
     for group, option in chosen.choice.items():
         run.results |= results[group][option]

@@ -18,7 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dtq.allocate import Allocation, choose, groups_of, measure, sensitivities
+from dtq.allocate.allocation import Allocation, choose
+from dtq.allocate.measure import measure, sensitivities
+from dtq.allocate.metrics import groups_of
 from dtq.errors import InputError
 from dtq.io.memory import paged_weights
 from dtq.models import is_text_encoder

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from itertools import groupby
 
-from dtq.allocate import Option, knapsack
+from dtq.allocate.knapsack import Option, knapsack
 from dtq.errors import InputError
 from dtq.formats.activations import activation_format_of
 from dtq.linalg.relative_error import relative_error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dtq.linalg.hadamard import block_for, regular_block_for
 from dtq.transforms import grid_search, methods
-from dtq.transforms.base import Chain, Diagonal, OnlineTransform, Permutation, Rotation, Transform
+from dtq.transforms.base import OnlineTransform
 from dtq.transforms.choice import TransformChoice
 
 
@@ -47,14 +47,4 @@ TRANSFORMS: dict[str, Method] = {
     "search": Method(grid_search.search, frozenset({"channels", "sample"}), rotates=True),
 }
 
-__all__ = [
-    "TRANSFORMS",
-    "Chain",
-    "Diagonal",
-    "Method",
-    "OnlineTransform",
-    "Permutation",
-    "Rotation",
-    "Transform",
-    "TransformChoice",
-]
+__all__ = ["TRANSFORMS", "Method", "OnlineTransform", "TransformChoice"]

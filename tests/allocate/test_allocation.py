@@ -13,19 +13,11 @@ import tiny
 import torch
 from torch import nn
 
-from dtq.allocate import (
-    GROUPS,
-    LIMIT,
-    METRICS,
-    Option,
-    allocate,
-    choose,
-    groups_of,
-    knapsack,
-    measure,
-    parse_budget,
-    sensitivities,
-)
+from dtq.allocate import parse_budget
+from dtq.allocate.allocation import choose
+from dtq.allocate.knapsack import LIMIT, Option, knapsack
+from dtq.allocate.measure import measure, sensitivities
+from dtq.allocate.metrics import GROUPS, METRICS, groups_of
 from dtq.errors import InputError
 from dtq.models import ROLES, InputGroup, Linear
 from dtq.pipelines.recorded_calls import RecordedCall, subsample
@@ -174,29 +166,6 @@ def test_equal_sensitivities_upgrade_the_cheapest_first():
         cheapest = sorted(sizes)[:raised]
         chosen = knapsack(items, sum(sizes) + sum(cheapest))
         assert sorted(int(i[1:]) for i, o in chosen.items() if o.name == "high") == cheapest
-
-
-def test_bounds_by_brute_force():
-    rng = random.Random(0)
-    for trial in range(60):
-        items = tables("ties" if trial % 2 else "any", rng, 5, 3)
-        group_of = {"i0": "a", "i1": "a", "i2": "b", "i3": "b"}  # i4 is free
-        bounds = {"a": (rng.randint(0, 60), rng.randint(20, 80)), "b": (0, rng.randint(10, 80))}
-
-        def fits(picks, bounds=bounds):
-            a, b = picks[0].cost + picks[1].cost, picks[2].cost + picks[3].cost
-            (a0, a1), (b0, b1) = bounds["a"], bounds["b"]
-            return a0 <= a <= a1 and b0 <= b <= b1
-
-        for budget in budgets(items):
-            allowed = [d for d, c, p in all_choices(items) if c <= budget and fits(p)]
-            if not allowed:
-                with pytest.raises(InputError):
-                    knapsack(items, budget, bounds=bounds, group_of=group_of)
-                continue
-            chosen = knapsack(items, budget, bounds=bounds, group_of=group_of)
-            assert fits(list(chosen.values()))
-            assert sensitivity(chosen) == pytest.approx(min(allowed), rel=1e-12, abs=1e-15)
 
 
 def test_too_small_names_the_smallest_budget():
@@ -469,17 +438,17 @@ def test_a_metric_per_group_at_zero_and_infinity():
     assert sensitivity_of["i2"]["float"] == 0
 
 
-def test_allocate():
+def test_choose():
     measured, groups = random_measurements(random.Random(1))
     weights = {item: 100 * (i + 1) for i, item in enumerate(measured)}
     costs = {i: {"w4": n // 2, "w8": n} for i, n in weights.items()}
     for item in measured:
         measured[item]["w8"] = {m: d / 100 for m, d in measured[item]["w4"].items()}
     budget = parse_budget("6", sum(weights.values()))
-    allocation = allocate(measured, costs, budget, groups=groups, weights=weights)
+    sensitivity_of = sensitivities(measured, groups)
+    allocation = choose(sensitivity_of, costs, budget, groups=groups, weights=weights)
     assert set(allocation.choice) == set(measured)
     assert allocation.bytes == sum(costs[i][o] for i, o in allocation.choice.items()) <= budget
-    sensitivity_of = sensitivities(measured, groups)
     assert allocation.sensitivity == pytest.approx(
         sum(sensitivity_of[i][o] for i, o in allocation.choice.items())
     )
@@ -488,12 +457,8 @@ def test_allocate():
     assert json.loads(json.dumps(allocation.to_json()))["rows"][0]["bits"] in (4, 8)
     ordered = list(allocation.choice.values())
     assert set(ordered) == {"w4", "w8"}
-    bounded = allocate(
-        measured, costs, budget, groups=groups, weights=weights, bounds={"text": (0, 450)}
-    )
-    assert {o for i, o in bounded.choice.items() if groups[i] == "text"} == {"w4"}
     with pytest.raises(InputError, match=r"at least 1050 bytes \(4\.000 bits per weight\)"):
-        allocate(measured, costs, 1000, groups=groups, weights=weights)
+        choose(sensitivity_of, costs, 1000, groups=groups, weights=weights)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,9 @@ def test_compiled_steps_compute_the_same(monkeypatch):
     if not bench._inductor_compiles():
         pytest.skip("needs a C++ compiler")
     monkeypatch.setattr(bench.openvino, "MODES", {})
-    monkeypatch.delitem(layers.RECIPES, "w8a8")  # the same operators, but for the one of the product
+    monkeypatch.delitem(
+        layers.RECIPES, "w8a8"
+    )  # the same operators, but for the one of the product
     rows = of(bench.compare_models(small("dit"), 2))
     for name in ("w4a8", "w4a8 attention", "bf16"):
         assert rows[f"{name} compiled"].error < ERRORS[name], rows

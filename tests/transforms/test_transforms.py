@@ -14,7 +14,7 @@ from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.linalg.hadamard import block_for, fwht, rotate, rotate_back, signs
 from dtq.models import InputGroup, Linear
 from dtq.stages.transform_choice import input_report
-from dtq.transforms import TRANSFORMS, Chain, Diagonal, Permutation, Rotation
+from dtq.transforms import TRANSFORMS, OnlineTransform
 from dtq.transforms.choice import TransformChoice, online_transform
 from dtq.transforms.methods import incoherence, zigzag
 from dtq.transforms.objective import OutputErrorObjective, search_format
@@ -47,15 +47,14 @@ def formats(weight: str) -> dict:
 
 def some_transforms():
     g = torch.Generator().manual_seed(1)
-    s = torch.exp(torch.randn(K, generator=g))
+    s, ones = torch.exp(torch.randn(K, generator=g)), torch.ones(K)
     return {
-        "diagonal": Diagonal(s),
-        "rotation": Rotation(64),
-        "chain": Chain((Diagonal(s), Rotation(16), Diagonal(s.flip(0)))),
-        "empty": Chain(),
+        "diagonal": OnlineTransform(s, 1),
+        "rotation": OnlineTransform(ones, 64),
+        "none": OnlineTransform(ones, 1),
         "online": online_transform(torch.ones(1, K), s, 64, 3),
-        "permutation": Permutation(torch.randperm(K, generator=g)),
-        "dual": Rotation(16, num_rotations=2),
+        "permutation": OnlineTransform(ones, 1, torch.randperm(K, generator=g)),
+        "dual": OnlineTransform(ones, 16, num_rotations=2),
         "online dual": online_transform(
             torch.ones(1, K), s, 64, 3, torch.randperm(K, generator=g), num_rotations=2
         ),
