@@ -233,7 +233,8 @@ def _replace_by_gemm(graph: Graph, node: fx.Node, gemm: _Gemm, pattern: str) -> 
 def _replace_few_rows(graph: Graph, node: fx.Node) -> bool:
     """Replace a float linear of a few rows on a CPU, whose time is that of reading the weight."""
     args = _arguments(node, "input", "weight", "bias")
-    x, weight, bias = cast("list[Any]", [args.get(n) for n in ("input", "weight", "bias")])
+    x: Any = args.get("input")
+    weight: Any = args.get("weight")
     if not all(map(is_tensor, (node, x, weight))) or value_of(node).device.type != "cpu":
         return False
     if value_of(node).requires_grad or not value_of(node).dim():
@@ -248,7 +249,7 @@ def _replace_few_rows(graph: Graph, node: fx.Node) -> bool:
     new = graph.graph
     with new.inserting_before(node):
         flat = new.call_method("reshape", (x, -1, int(shape_of(weight)[1])))
-        y = new.call_function(ops.float_linear, (flat, weight, bias))
+        y = new.call_function(ops.float_linear, (flat, weight, args.get("bias")))
         shaped = new.call_method("reshape", (y, *sizes))
     graph.replace(node, shaped)
     return True

@@ -303,7 +303,7 @@ def defer(model: nn.Module, enable: bool = True) -> None:
             if enable and type(norm) is nn.LayerNorm and norm.weight is None and norm.bias is None:
                 norm.__class__ = DeferringNorm
             elif not enable and type(norm) is DeferringNorm:
-                norm.__class__ = nn.LayerNorm
+                norm.__class__ = nn.LayerNorm  # type: ignore[assignment]
         for path in OUTPUTS.get(type(module).__name__, ()):
             try:
                 linear: Any = module.get_submodule(path)
