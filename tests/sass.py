@@ -32,7 +32,9 @@ that a parameter decides goes the wrong way, an instruction has no rule in ``_RU
 from __future__ import annotations
 
 import fcntl
+import functools
 import itertools
+import os
 import re
 import shutil
 import struct
@@ -45,8 +47,8 @@ from pathlib import Path
 from dtq.kernels.compile import nvcc
 
 SOURCES = Path(__file__).parent.parent / "cuda_ext"
-WITH_HOST_CODE = "80"
-"""The architecture for which the host code is compiled, too; it is the same for all."""
+WITH_HOST_CODE = ("80", "89")
+"""Architectures with one PTX, which are compiled together; the host code, the same for all, too."""
 
 LATENCIES = {
     "LDG": 260,  # from L2; 30 from L1
@@ -99,7 +101,12 @@ class Kernel:
     name: str
     arch: str
     registers: int
-    code: Mapping[int, Instruction]
+    text: str
+
+    @functools.cached_property
+    def code(self) -> Mapping[int, Instruction]:
+        """The instructions, by address."""
+        return {i.address: i for i in parse(self.text)}
 
 
 def compiled(source: str, arch: str, folder: Path) -> tuple[Path, str]:
@@ -116,10 +123,11 @@ def compiled(source: str, arch: str, folder: Path) -> tuple[Path, str]:
     Raises:
         AssertionError: it does not compile, or with warnings.
     """
-    part = "-c" if arch == WITH_HOST_CODE else "-cubin"
-    target = folder / f"{source}.{arch}.o"
+    together = arch in WITH_HOST_CODE
+    archs, part = (WITH_HOST_CODE, "-c") if together else ((arch,), "-cubin")
+    target = folder / f"{source}.{archs[0]}.o"
     log = target.with_suffix(".log")
-    flags = [f for f in nvcc.device_flags([arch], ptx=False) if not f.startswith("-Xcompiler")]
+    flags = [f for f in nvcc.device_flags(archs, ptx=False) if not f.startswith("-Xcompiler")]
     checks = ["-Xptxas=-v", "-Werror=all-warnings"]
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -132,24 +140,30 @@ def compiled(source: str, arch: str, folder: Path) -> tuple[Path, str]:
     return target, log.read_text()
 
 
-def disassembled(path: Path) -> str:
-    """The SASS of an object file; needs :func:`tool`."""
+def disassembled(path: Path, arch: str) -> str:
+    """The SASS of an object file for an architecture, kept next to it; needs :func:`tool`."""
+    kept = path.with_suffix(f".{arch}.sass")
+    if kept.exists():
+        return kept.read_text()
     program = tool()
     assert program is not None, "needs cuobjdump"
-    done = subprocess.run([program, "-sass", str(path)], capture_output=True, text=True, check=True)
+    of_several = [f"-arch=sm_{arch}"] if arch in WITH_HOST_CODE else []
+    command = [program, "-sass", *of_several, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    written = kept.with_suffix(f".{os.getpid()}")
+    written.write_text(done.stdout)
+    written.rename(kept)  # another process sees all of it, or nothing
     return done.stdout
 
 
 def kernels(source: str, arch: str, folder: Path) -> list[Kernel]:
     """The kernels of a file of ``cuda_ext``; for the arguments see :func:`compiled`."""
     target, output = compiled(source, arch, folder)
-    used = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", output, re.DOTALL)
+    line = rf"entry function '(\w+)' for 'sm_{arch.rstrip('af')}[af]?'.*?Used (\d+) registers"
+    used = re.findall(line, output, re.DOTALL)
     registers = {name: int(count) for name, count in used}
-    parts = [part.split("\n", 1) for part in disassembled(target).split("Function : ")[1:]]
-    return [
-        Kernel(name.strip(), arch, registers[name.strip()], {i.address: i for i in parse(text)})
-        for name, text in parts
-    ]
+    parts = [part.split("\n", 1) for part in disassembled(target, arch).split("Function : ")[1:]]
+    return [Kernel(name.strip(), arch, registers[name.strip()], text) for name, text in parts]
 
 
 # of a multiprocessor, shared memory in KB

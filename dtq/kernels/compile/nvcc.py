@@ -84,10 +84,18 @@ def major_version(nvcc: str) -> int:
 
 def device_flags(archs: Sequence[str], ptx: bool) -> tuple[str, ...]:
     """Flags of nvcc for a CUDA file; arguments as of :func:`build`."""
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    codes = [f"-gencode=arch=compute_{_virtual(a)},code=sm_{a}" for a in archs]
     if ptx:
         codes.append(f"-gencode=arch=compute_{_PTX},code=compute_{_PTX}")
     return (*_DEVICE, *codes)
+
+
+def _virtual(arch: str) -> str:
+    """The architecture of the PTX that machine code is made from.
+
+    No source tells 8.6 or 8.9 from 8.0: their PTX is the same, so nvcc compiles it once for all.
+    """
+    return _PTX if arch[0] == "8" else arch
 
 
 def host_flags(archs: Sequence[str], ptx: bool) -> tuple[str, ...]:
