@@ -285,7 +285,7 @@ class QuantLinear(nn.Linear):
         transform, scale = call.transform_args(), call.tensors.get("input_scale")
         first = self._first[0] if self._first and scale is None else self
         # what is equal for layers that quantize the input in the same way
-        plain = transform[:2] == (None, None) and scale is None
+        plain = transform[0] is None and transform[1] is None and scale is None
         key = (None if plain else first, *transform[2:], activations.qmax)
         codes = x.quantized(key, transform, scale, activations.qmax)
         return replace(call, codes=codes)
