@@ -25,7 +25,7 @@ from dtq.kernels.compile.format_codes import register_formats
 
 FLAGS = [
     "-std=c++20",
-    "-O2",
+    "-O1",
     "-march=native",
     "-fPIC",
     "-fvisibility=hidden",

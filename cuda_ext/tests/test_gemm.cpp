@@ -404,6 +404,15 @@ const Case kCases[] = {
     {kMxFp4, 515, 511, 384, 32, 120, kFloat32, false, 0, "fp4 128x128"},
 };
 
+// Under address sanitizer, large products are sums of six steps of 128 columns, more than there are stages, and
+// the same tail: more steps access memory as these do.
+Case shorter(Case c) {
+#if defined(__SANITIZE_ADDRESS__)
+  if (c.arch == 90 && c.m * c.n > 512 * 512 && c.k > 896) c.k = 768 + c.k % 128;
+#endif
+  return c;
+}
+
 int main(int argc, char** argv) {
   refusals();
   plans();
@@ -426,7 +435,7 @@ int main(int argc, char** argv) {
 #endif
       if (argc > 2 && std::atoi(argv[2]) != c.arch) continue;
       if ((c.arch == 90 && !hopper) || (c.arch >= 120 && !blackwell)) continue;
-      run_case(c, uint64_t(seed));
+      run_case(shorter(c), uint64_t(seed));
       ran++;
     }
   check(ran > 0, "%d cases", ran);

@@ -14,7 +14,7 @@ import torch
 import zoo
 from click.testing import CliRunner
 from conftest import hasty
-from engine_models import ORIGINAL, model_errors, output, quantized, random_inputs
+from engine_models import ORIGINAL, THOROUGH, model_errors, output, quantized, random_inputs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -171,17 +171,23 @@ def test_codes_survive_every_order_of_names():
             assert torch.equal(*same), f"{name}.{key}"
 
 
-@pytest.mark.parametrize(
-    ("family", "target", "shared", "shipped"),
-    [
-        ("sd3", "comfy-w4a8", "weight_lut", True),  # GPTQ of the joined matrix
-        ("flux", "comfy-w4a8", "weight_lut", False),
-        ("flux", "comfy-nvfp4", "weight_scale_2", False),
-        ("flux", "comfy-fp8", "weight_scale", False),
-    ],
-)
-def test_joined_layers_share_what_a_format_has_once(family, target, shared, shipped, tmp_path):
+SHARED = {
+    "comfy-w4a8": "weight_lut",
+    "comfy-nvfp4": "weight_scale_2",
+    "comfy-fp8": "weight_scale",
+}
+SOLVED_AS_ONE = [
+    ("sd3", "comfy-w4a8", True),  # GPTQ of the joined matrix
+    *(("flux", target, THOROUGH) for target in SHARED),
+    *(("sd3", target, True) for target in list(SHARED)[1:] if THOROUGH),
+]
+"""Family, target, and whether the recipe is the shipped one."""
+
+
+@pytest.mark.parametrize(("family", "target", "shipped"), SOLVED_AS_ONE)
+def test_joined_layers_share_what_a_format_has_once(family, target, shipped, tmp_path):
     """Solved as one matrix for the target; without it they differ, and are refused by name."""
+    shared = SHARED[target]
     model, made = quantized(family, COMFY[target], target, shipped)
     joined = joined_layers(key_map(config_of(made)))
     matrices: dict[str, list[QuantLinear]] = {}

@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 import torch
-from engine_models import FAMILIES, agreement, layer_input, quantized
+from engine_models import THOROUGH, agreement, layer_input, quantized
 
 import dtq
 from dtq.engines import torchao
@@ -22,19 +22,22 @@ from dtq.plan.layers import LayerSpec
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="needs torchao: see docs/engines/README.md"
 )
-RECIPES = ("torchao-w8a8", "torchao-w4a8")
+RUNS = [
+    ("dit", "torchao-w8a8"),
+    ("dit", "torchao-w4a8"),
+    ("flux", "torchao-w8a8"),
+    ("sd3", "torchao-w4a8"),
+]
+if THOROUGH:
+    RUNS += [("flux", "torchao-w4a8"), ("sd3", "torchao-w8a8")]
 
 
-@pytest.fixture(scope="module", params=RECIPES)
-def recipe(request):
-    return request.param
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def exported(request, recipe, tmp_path_factory):
+@pytest.fixture(scope="module", params=RUNS, ids=lambda pair: "-".join(pair))
+def exported(request, tmp_path_factory):
     """The float model, the quantized one, and its folder."""
-    model, made = quantized(request.param, recipe, "torchao")
-    folder = tmp_path_factory.mktemp(recipe) / request.param
+    family, recipe = request.param
+    model, made = quantized(family, recipe, "torchao")
+    folder = tmp_path_factory.mktemp(recipe) / family
     dtq.export(made, "torchao", folder)
     return model, made, folder
 

@@ -42,7 +42,11 @@ AS_IS, GELU, NORM = range(3)
 INT8, E4M3, FLOAT = range(3)
 # no contraction: the kernels round products and sums on their own
 FLAGS = ("-std=c++20", "-ffp-contract=off", "-DDTQ_SIM", "-w")
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZE = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-sanitize=null,object-size,pointer-overflow",  # address sanitizer finds what these would access
+)
 # address sanitizer cannot follow frames from one fiber's stack to the heap
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
 
