@@ -26,8 +26,9 @@ class CalibrationHooks:
     """Forward hooks that pass the inputs of linears to their observers.
 
     A pipeline may run the layers of a text encoder and never its forward (Ideogram 4). There, a
-    call begins when a linear is reached that the call before it has reached. Rows of padding that
-    the mask of a text encoder's call names are left out: nothing reads what becomes of them.
+    call begins when a linear is reached that the call before it has reached. Of the rows of padding
+    that the mask of a text encoder's call names, at most as many as real ones are observed: most
+    pipelines do not read them, FLUX.2 does, and a short prompt has dozens of them.
 
     Args:
         loaded: the float model.
@@ -63,7 +64,7 @@ class CalibrationHooks:
         self._batch_size = 1
         self._inside = False  # of the model's forward
         self._reads_text = is_text_encoder(loaded.model)
-        self._real: Tensor | None = None  # whether a row of the call is no padding
+        self._kept: Tensor | None = None  # whether a row of the call is observed
         self._reached: set[str] = set()  # outside of it, in the current call
 
     def begin(self, batch: int) -> None:
@@ -88,7 +89,7 @@ class CalibrationHooks:
         bound = self._signature.bind_partial(*args, **kwargs).arguments
         first = next((v for v in bound.values() if isinstance(v, Tensor)), None)
         self._batch_size = first.shape[0] if first is not None and first.ndim else 1
-        self._real = _real_rows(first, bound.get("attention_mask")) if self._reads_text else None
+        self._kept = _kept_rows(first, bound.get("attention_mask")) if self._reads_text else None
         timestep = timestep_of(self.model, args, kwargs)
         if not self.edges and self.bins > 1:
             noisiest = timestep if self.first is None else self.first
@@ -96,7 +97,7 @@ class CalibrationHooks:
         self._bin = sum(timestep > edge for edge in self.edges)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self._inside, self._real = False, None
+        self._inside, self._kept = False, None
         self._count()
 
     def _count(self) -> None:
@@ -116,14 +117,20 @@ class CalibrationHooks:
         halves = 2 if self._batch_size > 1 and len(rows) % 2 == 0 else 1
         branch = torch.arange(len(rows)) * halves // max(1, len(rows))
         branch = branch.clamp(max=1)
-        if self._real is not None and len(self._real) == len(rows):
-            real = self._real.to(rows.device)
-            rows, branch = rows[real], branch[self._real]
+        if self._kept is not None and len(self._kept) == len(rows):
+            rows, branch = rows[self._kept.to(rows.device)], branch[self._kept]
         self.stats[name].observe(rows, SampleOrigin(self._bin, self._call, branch))
 
 
-def _real_rows(ids: Tensor | None, mask: object) -> Tensor | None:
-    """Whether each of the tokens (B * tokens,) is no padding; None where that is not known."""
+def _kept_rows(ids: Tensor | None, mask: object) -> Tensor | None:
+    """Which of the tokens (B * tokens,) are observed; None: all.
+
+    Every token that is no padding, and at most as many of padding, evenly spaced.
+    """
     if ids is None or not isinstance(mask, Tensor) or mask.shape != ids.shape or not mask.any():
         return None
-    return mask.flatten().cpu() != 0
+    real = mask.flatten().cpu() != 0
+    padding, count = (~real).nonzero().flatten(), int(real.sum())
+    if len(padding) > count:
+        padding = padding[torch.arange(count) * len(padding) // count]
+    return real.index_fill(0, padding, True)
