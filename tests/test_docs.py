@@ -44,8 +44,9 @@ def test_there_are_commands_to_check():
 def test_every_command_parses(page, line):
     words = shlex.split(line, comments=True)[1:]
     group: click.Command = main
-    context = click.Context(main)
     while isinstance(group, click.Group):
+        context = group.make_context(line, words)
+        words = [*context._protected_args, *context.args]
         _, group, words = group.resolve_command(context, words)
     group.make_context(line, words)
 

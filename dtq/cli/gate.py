@@ -27,17 +27,9 @@ class Gate(click.Group):
     Exit code 1 means regression and 2 inconclusive, so wrong usage and unreadable files are 3.
     """
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The named command, or ``check`` if the first argument names none."""
-        if args and args[0] not in self.commands:
-            return "check", self.commands["check"], args
-        return super().resolve_command(ctx, args)
-
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """The arguments, with ``check`` before options that come before the run."""
-        if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
+        """The arguments, with ``check`` before a first one that names no command."""
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
             args = ["check", *args]
         return super().parse_args(ctx, args)
 
