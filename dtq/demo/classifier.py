@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ class EmojiClassifier(nn.Module):
     def __init__(self, classes: int = 99, width: int = 32) -> None:
         super().__init__()
         channels = [3, width, 2 * width, 4 * width, 4 * width]
-        self.stages = nn.ModuleList(
+        stages = [
             nn.Sequential(
                 nn.Conv2d(before, after, 3, stride=2, padding=1),
                 nn.GroupNorm(8, after),
@@ -31,7 +30,8 @@ class EmojiClassifier(nn.Module):
                 nn.SiLU(),
             )
             for before, after in itertools.pairwise(channels)
-        )
+        ]
+        self.stages = nn.Sequential(*stages)
         self.num_features = channels[-1]
         self.head = nn.Linear(self.num_features, classes)
 
@@ -44,18 +44,8 @@ class EmojiClassifier(nn.Module):
         Returns:
             float (B, num_features).
         """
-        x = images * 2 - 1
-        for stage in self.stages:
-            x = stage(x)
-        return F.silu(x).mean((2, 3))
+        return F.silu(self.stages(images * 2 - 1)).mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits (B, classes) of float images (B, 3, H, W) in [0, 1]."""
         return self.head(self.features(images))
-
-
-@torch.no_grad()
-def accuracy(model: EmojiClassifier, images: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy, 0 to 1, on uint8 images (N, 3, H, W) with labels int64 (N,)."""
-    found = torch.cat([model(batch.float() / 255).argmax(1) for batch in images.split(256)])
-    return int((found == labels).sum()) / len(labels)

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from train_demo.data import load_emoji
 from train_demo.stage import Run, prepare
 
-from dtq.demo.classifier import EmojiClassifier, accuracy
+from dtq.demo.classifier import EmojiClassifier
 from dtq.evaluate.metrics.fid import FeatureMoments
 
 NULL_CLASS = 1000  # label of the unconditional branch, hard-coded in DiTPipeline
@@ -60,6 +60,13 @@ def train_classifier(
     assert isinstance(model, EmojiClassifier)
     print(f"classifier: {accuracy(model, images, labels):.1%} of its training images", flush=True)
     return model
+
+
+@torch.no_grad()
+def accuracy(model: EmojiClassifier, images: Tensor, labels: Tensor) -> float:
+    """Top-1 accuracy, 0 to 1, on uint8 images (N, 3, H, W) with labels int64 (N,)."""
+    found = torch.cat([model(batch.float() / 255).argmax(1) for batch in images.split(256)])
+    return int((found == labels).sum()) / len(labels)
 
 
 def new_vae() -> AutoencoderKL:

@@ -110,9 +110,7 @@ def emoji(source: str) -> Extractor:
     model.eval()
 
     def call(images: Tensor) -> Features:
-        x = images * 2 - 1
-        for stage in model.stages:
-            x = stage(x)
+        x = model.stages(images * 2 - 1)
         pool = F.silu(x).mean((2, 3))
         return {"pool": pool, "spatial": x[:, :SPATIAL].flatten(1), "logits": model.head(pool)}
 
