@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-from dtq.errors import InputError
+from dtq.errors import InputError, hint
 
 
 def package_root() -> Path:
@@ -48,9 +47,8 @@ def find_yaml(what: str | Path, data: str, kind: str, advice: str) -> Path:
         raise InputError(f"{path}: no such {kind} file")
     name, known = str(what), yaml_names(data)
     if name not in known:
-        near = difflib.get_close_matches(name, known, 3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
-        raise InputError(f"unknown {kind} {name!r}; {hint} {advice}")
+        words = hint(name, known, f"there are {', '.join(known)}.", like=0.6)
+        raise InputError(f"unknown {kind} {name!r}; {words} {advice}")
     return folder(data) / f"{name}.yaml"
 
 

@@ -19,7 +19,7 @@ from dataclasses import MISSING, dataclass, is_dataclass
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from dtq.errors import DtqError, InputError
+from dtq.errors import DtqError, InputError, hint
 
 LARGEST = 10**9
 """No knob of a method is larger."""
@@ -123,8 +123,8 @@ def read(
                 problems.append(f"{where}: expected {expected}, got {_shown(value)}")
         elif strict:
             near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-            problems.append(f"{where}: unknown key{hint}")
+            words = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            problems.append(f"{where}: unknown key; {words}")
     for name, (field, _) in known.items():
         required = field.default is MISSING and field.default_factory is MISSING
         if required and field.name not in values:
@@ -163,9 +163,8 @@ def check_name(
     known = list(table)
     if name in known:
         return True
-    near = difflib.get_close_matches(name, known, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
-    problems.append(f"{at}: unknown {what} {name!r}; {hint}")
+    words = hint(name, known, f"known: {', '.join(known) or 'none'}")
+    problems.append(f"{at}: unknown {what} {name!r}; {words}")
     return False
 
 

@@ -233,7 +233,7 @@ class Plan:
     bins: int = 1
 
     def __getitem__(self, name: str) -> LayerPlan:
-        return self._by_name[name]
+        return {layer.name: layer for layer in self.layers}[name]
 
     def quantized(self) -> list[LayerPlan]:
         """Layers with a weight format."""
@@ -260,10 +260,6 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Everything, for ``dtq plan --json``."""
         return {**asdict(self), "layers": [layer.to_json() for layer in self.layers]}
-
-    @property
-    def _by_name(self) -> dict[str, LayerPlan]:
-        return {layer.name: layer for layer in self.layers}
 
 
 @dataclass(frozen=True)
