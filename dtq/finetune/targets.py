@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from dtq.finetune.block_order import layers_of
 from dtq.nn.step_clock import StepClock
@@ -122,10 +123,4 @@ def _capture(model: nn.Module, call: RecordedCall) -> Any:
 
 def _tensors(output: Any) -> list[Tensor]:
     """The floating tensors in a block's output, in order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, list | tuple):
-        return [tensor for entry in output for tensor in _tensors(entry)]
-    return []
+    return [t for t in tree_iter(output) if isinstance(t, Tensor) and t.is_floating_point()]

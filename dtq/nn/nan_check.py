@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from dtq.errors import NonFiniteError
 from dtq.models.timestep import sample_timesteps, timestep_argument
@@ -80,12 +81,7 @@ def count_nonfinite(value: Any) -> int:
 
 
 def _float_tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _float_tensors(item)
+    return (t for t in tree_iter(value) if isinstance(t, Tensor) and t.is_floating_point())
 
 
 def _check(
