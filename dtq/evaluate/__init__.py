@@ -5,5 +5,3 @@ The public modules are ``evaluate`` (``dtq eval``), ``gate`` (``dtq gate``), ``m
 (the HTML page), ``run_file`` (``eval.json``), ``baselines`` (other libraries) and ``vbench``. They
 are imported when they are needed, because metrics load large packages.
 """
-
-__all__ = ["baselines", "evaluate", "gate", "metrics", "report", "run_file", "vbench"]

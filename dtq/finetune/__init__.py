@@ -11,9 +11,7 @@ parameters only if they lower its error on those, so no block gets worse on its 
 from collections.abc import Callable
 
 from dtq.finetune.methods import blocks, vq4dit
-from dtq.finetune.report import BlockReport, FinetuneReport
+from dtq.finetune.report import FinetuneReport
 
 FINETUNE: dict[str, Callable[..., FinetuneReport]] = {"blocks": blocks, "vq4dit": vq4dit}
 """Methods by the name that a recipe gives them."""
-
-__all__ = ["FINETUNE", "BlockReport", "FinetuneReport"]

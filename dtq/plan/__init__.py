@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens to each layer: formats, transforms, and precision per timestep."""
 
-from dtq.plan.layers import CheckpointSpec, LayerPlan, LayerSpec, Plan
-from dtq.plan.step_policy import StepPolicy
+from dtq.plan.layers import LayerPlan, LayerSpec, Plan
 
-__all__ = ["CheckpointSpec", "LayerPlan", "LayerSpec", "Plan", "StepPolicy"]
+__all__ = ["LayerPlan", "LayerSpec", "Plan"]

@@ -2,6 +2,5 @@
 """What a user asks for: names, files and overrides become a ``Recipe``, and that a plan."""
 
 from dtq.recipe.recipe import Recipe, find
-from dtq.recipe.resolve import MODULATION
 
-__all__ = ["MODULATION", "Recipe", "find"]
+__all__ = ["Recipe", "find"]
