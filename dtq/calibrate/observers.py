@@ -4,12 +4,17 @@
 Everything is streamed and mergeable. Law: observing A and then B equals merging an observer of A
 with an observer of B. To keep it, which rows are sampled depends on where a row comes from
 (:class:`SampleOrigin`) and never on earlier rows.
+
+An observer is one accumulator over the rows of an input; a row is one token. It adds rows
+(``observe``) or those of another observer of the same kind (``merge``), and gives its state by name
+(``tensors``) and takes it back (``load``). Merging is not in place: a tensor that was read from a
+file keeps the whole file mapped.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,25 +33,6 @@ class SampleOrigin:
     bin: int
     call: int
     branch: Tensor
-
-
-class Observer(Protocol):
-    """One accumulator over the rows of an input; a row is one token."""
-
-    def observe(self, rows: Tensor, origin: SampleOrigin) -> None:
-        """Add float rows (R, K)."""
-
-    def merge(self, other: Self) -> None:
-        """Add the rows that another observer of the same kind observed.
-
-        Not in place: a tensor that was read from a file keeps the whole file mapped.
-        """
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The state, by name."""
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Inverse of :meth:`tensors`."""
 
 
 class ChannelStats:
@@ -73,7 +59,7 @@ class ChannelStats:
         self.rows[b] += len(rows)
 
     def merge(self, other: Self) -> None:
-        """Add the rows of another observer, see :meth:`Observer.merge`."""
+        """Add the rows of another observer."""
         self.low = torch.minimum(self.low, other.low)
         self.high = torch.maximum(self.high, other.high)
         self.total = self.total + other.total
@@ -126,7 +112,7 @@ class HessianObserver:
         self.count += len(sample)
 
     def merge(self, other: Self) -> None:
-        """Add the rows of another observer, see :meth:`Observer.merge`."""
+        """Add the rows of another observer."""
         self.total = self.total + other.total.to(self.total)
         self.count = self.count + other.count
 
@@ -172,7 +158,7 @@ class InputSample:
         self._add(rows[keep.to(rows.device)].float().cpu(), key[keep], stratum[keep])
 
     def merge(self, other: Self) -> None:
-        """Add the rows of another observer, see :meth:`Observer.merge`."""
+        """Add the rows of another observer."""
         self._add(other.rows, other.key, other.stratum)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -222,7 +208,7 @@ class InputStats:
             observer.observe(rows.float(), origin)
 
     def merge(self, other: InputStats) -> None:
-        """Add the rows that another one observed, see :meth:`Observer.merge`."""
+        """Add the rows that another one observed."""
         others = other._observers()
         for name, observer in self._observers().items():
             observer.merge(others[name])  # type: ignore[arg-type]
