@@ -8,7 +8,6 @@ such an output shows the cause; a black image does not.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -77,11 +76,8 @@ class StepTrace:
 
 def count_nonfinite(value: Any) -> int:
     """Number of NaN or infinite entries in the tensors of nested tuples, lists and mappings."""
-    return sum(int((~t.isfinite()).sum()) for t in _float_tensors(value))
-
-
-def _float_tensors(value: Any) -> Iterator[Tensor]:
-    return (t for t in tree_iter(value) if isinstance(t, Tensor) and t.is_floating_point())
+    floats = (t for t in tree_iter(value) if isinstance(t, Tensor) and t.is_floating_point())
+    return sum(int((~t.isfinite()).sum()) for t in floats)
 
 
 def _check(
