@@ -14,12 +14,12 @@ import yaml
 import gate as measured  # scripts/gate.py
 from dtq.errors import InputError, RecipeError
 from dtq.evaluate import run_file
-from dtq.evaluate.gate import policy
 from dtq.evaluate.gate.bootstrap import holm, paired, samples_needed, sign_test
 from dtq.evaluate.gate.decision import Outcome, decide
 from dtq.evaluate.gate.policy import Limit, Policy
 from dtq.evaluate.run_file import Run, Sample
 from dtq.io import safe_parse
+from dtq.io.package_data import yaml_names
 
 ERROR = Policy(name="error", primary=(Limit("error", 1.05),), looks=(32, 64, 96))
 
@@ -404,8 +404,8 @@ def test_a_run_file_has_a_size(tmp_path, monkeypatch):
 
 
 def test_the_shipped_policies_are_good():
-    assert "default" in policy.names()
-    for name in policy.names():
+    assert "default" in yaml_names("gate")
+    for name in yaml_names("gate"):
         shipped = Policy.load(name)
         assert shipped.about
         assert shipped.primary

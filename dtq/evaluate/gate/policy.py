@@ -12,7 +12,7 @@ from dtq.errors import InputError, RecipeError
 from dtq.evaluate.fingerprint import digest
 from dtq.evaluate.gate.metrics import METRICS, MIN_IMAGES
 from dtq.evaluate.run_file import MATCHABLE
-from dtq.io.package_data import find_yaml, yaml_names
+from dtq.io.package_data import find_yaml
 from dtq.io.safe_parse import LARGEST_YAML, parse_yaml, read_text
 from dtq.io.schema import check_name, plain
 from dtq.io.schema import read as read_fields
@@ -166,8 +166,3 @@ def _limit_problems(limit: Limit, at: str) -> list[str]:
     if limit.parts > 1 and not metric.steps:
         problems.append(f"{at}.parts: {metric.name} has no value per step")
     return problems
-
-
-def names() -> list[str]:
-    """Names of the policies that dtq ships, sorted."""
-    return yaml_names("gate")
