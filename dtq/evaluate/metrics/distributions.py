@@ -19,7 +19,7 @@ from dtq.errors import InputError
 from dtq.evaluate.metrics.extractors import Extractor, Features
 from dtq.evaluate.metrics.fid import FeatureMoments
 from dtq.evaluate.metrics.mmd import cmmd, kid
-from dtq.evaluate.metrics.precision_recall import NEIGHBORS, inception_score, precision_recall
+from dtq.evaluate.metrics.precision_recall import inception_score, precision_recall
 
 RESAMPLES = 200
 """Of the bootstrap; a Frechet distance of 2048 features takes a second."""
@@ -58,11 +58,10 @@ class ReferenceSet:
 
 @dataclass(frozen=True)
 class Distribution:
-    """A metric of image sets.
+    """A metric of image sets; ``dtq.evaluate.gate.metrics`` says in words what it is.
 
     Attributes:
         name: as users write it.
-        about: one line.
         kind: of the features: ``pool``, ``spatial`` or ``logits``.
         value: the metric of features (N, D) of generated images and a reference.
         extractor: the only one that the metric is defined with, or ``""`` for any.
@@ -71,7 +70,6 @@ class Distribution:
     """
 
     name: str
-    about: str
     kind: str
     value: Callable[[Tensor, ReferenceSet], float]
     extractor: str = ""
@@ -118,23 +116,17 @@ def _frechet(kind: str) -> Callable[[Tensor, ReferenceSet], float]:
 DISTRIBUTIONS: dict[str, Distribution] = {
     d.name: d
     for d in (
-        Distribution("fid", "Frechet distance of pooled features", "pool",
-                     _frechet("pool"), frechet=True),
-        Distribution("sfid", "Frechet distance of 7 channels of a feature map", "spatial",
-                     _frechet("spatial"), frechet=True),
-        Distribution("kid", "unbiased MMD^2, cubic kernel", "pool",
-                     lambda x, reference: kid(x, reference.features_of("pool"))[0]),
-        Distribution("is", "Inception score", "logits",
-                     lambda x, reference: inception_score(x), reference_free=True),
-        Distribution("precision", f"generated images within {NEIGHBORS}-NN of real ones", "pool",
+        Distribution("fid", "pool", _frechet("pool"), frechet=True),
+        Distribution("sfid", "spatial", _frechet("spatial"), frechet=True),
+        Distribution("kid", "pool", lambda x, reference: kid(x, reference.features_of("pool"))[0]),
+        Distribution("is", "logits", lambda x, reference: inception_score(x), reference_free=True),
+        Distribution("precision", "pool",
                      lambda x, reference: precision_recall(x, reference.features_of("pool"))[0]),
-        Distribution("recall", f"real images within {NEIGHBORS}-NN of generated ones", "pool",
+        Distribution("recall", "pool",
                      lambda x, reference: precision_recall(x, reference.features_of("pool"))[1]),
-        Distribution("fd-dinov2", "Frechet distance of DINOv2 features", "pool",
-                     _frechet("pool"), extractor="dinov2", frechet=True),
-        Distribution("fvd", "Frechet distance of I3D features of videos", "pool",
-                     _frechet("pool"), extractor="i3d", frechet=True),
-        Distribution("cmmd", "MMD^2 of CLIP features x 1000", "pool",
+        Distribution("fd-dinov2", "pool", _frechet("pool"), extractor="dinov2", frechet=True),
+        Distribution("fvd", "pool", _frechet("pool"), extractor="i3d", frechet=True),
+        Distribution("cmmd", "pool",
                      lambda x, reference: cmmd(x, reference.features_of("pool")), extractor="clip"),
     )
 }  # fmt: skip
