@@ -54,13 +54,11 @@ class Scores:
     """The scores of one dimension.
 
     Attributes:
-        dimension: name in vbench.
         reported: vbench's aggregate; for some dimensions it has another scale than the values.
         mean: of the values of the videos.
         videos: file name to value.
     """
 
-    dimension: str
     reported: float
     mean: float
     videos: dict[str, float]
@@ -159,7 +157,7 @@ def read(file: Path, dimensions: Sequence[str], files: Sequence[str]) -> dict[st
             problems.append(f"{dimension}: the aggregate is {entry[0]!r}")
         elif values:
             mean = sum(values.values()) / len(values)
-            scores[dimension] = Scores(dimension, reported, mean, values)
+            scores[dimension] = Scores(reported, mean, values)
     if problems:
         raise InputError(f"{file}: incomplete:\n" + "\n".join(f"  - {p}" for p in problems))
     return scores
