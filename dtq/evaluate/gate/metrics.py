@@ -23,7 +23,6 @@ class Metric:
     Attributes:
         name: key of ``values`` in a run file, and of a policy.
         about: one line.
-        unit: of the margin.
         ratio: whether values are compared by the logarithm of their quotient; the margin is then a
             factor above 1.
         higher: whether a higher value is better.
@@ -34,7 +33,6 @@ class Metric:
 
     name: str
     about: str
-    unit: str
     ratio: bool = False
     higher: bool = False
     steps: bool = False
@@ -80,40 +78,39 @@ METRICS: dict[str, Metric] = {
     m.name: m
     for m in (
         Metric("error", "teacher-forced relative squared error of the transformer's output",
-               "factor", ratio=True, steps=True),
+               ratio=True, steps=True),
         Metric("divergence",
                "free-running relative squared distance of the latents that enter each step",
-               "factor", ratio=True, steps=True),
-        Metric("psnr", "dB against the float model's image of the same seed", "dB", higher=True),
-        Metric("ssim", "structural similarity to that image", "", higher=True),
-        Metric("color", "change of the colors of that image, in gray levels", ""),
-        Metric("flicker", "increase of the difference of consecutive frames, in gray levels", "",
+               ratio=True, steps=True),
+        Metric("psnr", "dB against the float model's image of the same seed", higher=True),
+        Metric("ssim", "structural similarity to that image", higher=True),
+        Metric("color", "change of the colors of that image, in gray levels"),
+        Metric("flicker", "increase of the difference of consecutive frames, in gray levels",
                when="video"),
-        Metric("flickering", "VBench's temporal flickering", "", higher=True, when="video"),
+        Metric("flickering", "VBench's temporal flickering", higher=True, when="video"),
         Metric("frame-energy", "squared frame differences, candidate / float or its inverse",
-               "factor", ratio=True, when="video"),
-        Metric("temporal-psnr", "dB of frame differences", "dB", higher=True, when="video"),
-        Metric("temporal-ssim", "structural similarity of frame differences", "", higher=True,
+               ratio=True, when="video"),
+        Metric("temporal-psnr", "dB of frame differences", higher=True, when="video"),
+        Metric("temporal-ssim", "structural similarity of frame differences", higher=True,
                when="video"),
-        Metric("ms-ssim", "multi-scale structural similarity", "", higher=True, when="requested"),
-        Metric("lpips", "LPIPS to the float model's image", "", when="requested"),
-        Metric("perceptual-lite0", "distance of EfficientNet-Lite0's maps to that image", "",
+        Metric("ms-ssim", "multi-scale structural similarity", higher=True, when="requested"),
+        Metric("lpips", "LPIPS to the float model's image", when="requested"),
+        Metric("perceptual-lite0", "distance of EfficientNet-Lite0's maps to that image",
                when="requested"),
-        Metric("clip-score", "CLIPScore of image and prompt", "", higher=True, when="requested"),
-        Metric("clip-iqa", "CLIP-IQA of the image", "", higher=True, when="requested"),
-        Metric("image-reward", "ImageReward of the image", "", higher=True, when="requested"),
-        *(Metric(f"vbench.{name}", f"VBench's {name}", "", higher=True, when="requested")
+        Metric("clip-score", "CLIPScore of image and prompt", higher=True, when="requested"),
+        Metric("clip-iqa", "CLIP-IQA of the image", higher=True, when="requested"),
+        Metric("image-reward", "ImageReward of the image", higher=True, when="requested"),
+        *(Metric(f"vbench.{name}", f"VBench's {name}", higher=True, when="requested")
           for name in VBENCH),
-        Metric("fid", "Frechet distance from the float model's images", "", when="set"),
-        Metric("sfid", "the same of 7 channels of a feature map", "", when="set"),
-        Metric("fd-dinov2", "the same of DINOv2 features", "", when="set"),
-        Metric("fvd", "the same of I3D features of videos", "", when="set"),
-        Metric("kid", "MMD^2 from the float model's images, cubic kernel", "", when="set"),
-        Metric("cmmd", "MMD^2 of CLIP features x 1000", "", when="set"),
-        Metric("is", "Inception score, change from the float model's", "", higher=True, when="set"),
-        Metric("precision", "share of images within 3-NN of the float model's", "", higher=True,
+        Metric("fid", "Frechet distance from the float model's images", when="set"),
+        Metric("sfid", "the same of 7 channels of a feature map", when="set"),
+        Metric("fd-dinov2", "the same of DINOv2 features", when="set"),
+        Metric("fvd", "the same of I3D features of videos", when="set"),
+        Metric("kid", "MMD^2 from the float model's images, cubic kernel", when="set"),
+        Metric("cmmd", "MMD^2 of CLIP features x 1000", when="set"),
+        Metric("is", "Inception score, change from the float model's", higher=True, when="set"),
+        Metric("precision", "share of images within 3-NN of the float model's", higher=True,
                when="set"),
-        Metric("recall", "share of the float model's images within 3-NN", "", higher=True,
-               when="set"),
+        Metric("recall", "share of the float model's images within 3-NN", higher=True, when="set"),
     )
 }  # fmt: skip
