@@ -51,15 +51,14 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     return ((word >> position) & 255).flatten(-2).to(torch.uint8).view(torch.int8)
 
 
-def unpack_bits(packed: Tensor, bits: int, columns: int | None = None) -> Tensor:
-    """Inverse of :func:`pack_bits`: uint8 codes (N, C), or the first ``columns`` of them."""
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of :func:`pack_bits`: uint8 codes (N, C)."""
     num_codes, num_bytes, dtype = _unit(bits)
     position = torch.arange(num_bytes, device=packed.device, dtype=dtype) * 8
     units = packed.view(torch.uint8).to(dtype).unflatten(-1, (-1, num_bytes))
     word = (units << position).sum(-1, dtype=dtype, keepdim=True)  # (N, units, 1)
     shift = torch.arange(num_codes, device=packed.device, dtype=dtype) * bits
-    codes = ((word >> shift) & (2**bits - 1)).flatten(-2).to(torch.uint8)
-    return codes if columns is None else codes[..., :columns]
+    return ((word >> shift) & (2**bits - 1)).flatten(-2).to(torch.uint8)
 
 
 def pack_trits(codes: Tensor) -> Tensor:
