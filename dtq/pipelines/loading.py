@@ -95,21 +95,16 @@ class LoadedModel:
 
 
 def load_transformer(
-    source: object,
-    *,
-    dtype: str | torch.dtype = "auto",
-    component: Components = "auto",
-    variant: str | None = None,
+    source: object, *, dtype: str | torch.dtype = "auto", variant: str | None = None
 ) -> LoadedModel:
     """The first model that :func:`load_transformers` returns; same errors.
 
     Args:
         source: as for :func:`load_transformers`.
         dtype: as for :func:`load_transformers`.
-        component: as for :func:`load_transformers`.
         variant: as for :func:`load_transformers`.
     """
-    return load_transformers(source, dtype=dtype, component=component, variant=variant)[0]
+    return load_transformers(source, dtype=dtype, variant=variant)[0]
 
 
 def load_transformers(
