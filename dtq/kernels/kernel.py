@@ -42,18 +42,14 @@ class Epilogue:
         gelu: GELU, tanh form.
         branch: the input times the first factor of a low-rank branch, (M, R), and the second
             factor (N, R); their product is added before GELU. None for no branch.
-        gate: one row per image or one for all, multiplies the result; None without.
-        residual: (M, N), added to it; None without a gate.
     """
 
     gelu: bool = False
     branch: tuple[Tensor, Tensor] | None = None
-    gate: Tensor | None = None
-    residual: Tensor | None = None
 
     def args(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Arguments of an op after the bias, for an output in ``dtype``."""
-        return (self.gelu, self.gate, self.residual, dtype, *(self.branch or ()))
+        """Arguments of an op after the bias, for an output in ``dtype``; no gate, no residual."""
+        return (self.gelu, None, None, dtype, *(self.branch or ()))
 
 
 @dataclass(frozen=True)
@@ -66,15 +62,12 @@ class LinearCall:
         tensors: the packed tensors of the layer, by name, with on-disk dtypes. ``input_scale`` is
             the one of the current timestep bin.
         bias: (N,).
-        codes: the input as :meth:`quantized` returns it, if that is known; then ``x`` only has its
-            shape, dtype and device.
     """
 
     problem: LinearProblem
     x: Tensor
     tensors: PackedTensors
     bias: Tensor | None
-    codes: tuple[Tensor, Tensor] | None = None
 
     def transform_args(self) -> tuple[Tensor | None, Tensor | None, int, int]:
         """The input transform as ops take it: pre_scale, perm, hadamard_block, num_rotations."""
@@ -93,8 +86,6 @@ class LinearCall:
 
     def quantized(self) -> tuple[Tensor, Tensor]:
         """The transformed input as int8 (M, K), and its row scales (M,)."""
-        if self.codes is not None:
-            return self.codes
         activations, transform = self.problem.activation_format, self.transform_args()
         pre_scale, perm, block, num_rotations = transform
         scale, qmax = self.tensors.get("input_scale"), activations.qmax
@@ -134,11 +125,6 @@ class Kernel:
     on_gpu: str = ""
     expand: Callable[[LinearProblem, PackedTensors], tuple[Tensor, Tensor]] | None = None
     by_shape: Callable[[LinearProblem, tuple[int, int]], str] | None = None
-
-    @property
-    def takes_int8_rows(self) -> bool:
-        """Whether it multiplies int8 rows, as :meth:`LinearCall.quantized` returns them."""
-        return self.ops[:1] == ("quantize_rows",)
 
     def call(
         self, problem: LinearProblem, x: Tensor, tensors: PackedTensors, bias: Tensor | None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from dtq.kernels import gpu_fusion
 from dtq.kernels.kernel import Epilogue, Kernel, LinearCall, LinearProblem
 from dtq.kernels.table import branch_joins, compiled, pick
 from dtq.models.linears import is_hooked, shape_of
-from dtq.nn.deferred import Deferred, DeferredNorm, DeferredOutput, is_deferred_now
 from dtq.nn.step_clock import StepClock
 from dtq.nn.storage import BIT_TYPES, cast_dtype, check_tensor, from_disk, to_disk
 from dtq.nn.straight_through import StraightThrough, needs_gradient
@@ -56,8 +54,6 @@ class QuantLinear(nn.Linear):
     """
 
     weight: nn.Parameter
-    defers: bool = False
-    """Whether the output may be deferred, see :mod:`dtq.nn.deferred`."""
 
     def __init__(
         self,
@@ -258,52 +254,12 @@ class QuantLinear(nn.Linear):
             assert clock is not None
             parts = clock.each_sample(x, name)
             return torch.cat([self._forward(part) for part in parts])
-        call = self._integer_call(x) if isinstance(x, Deferred) or self.defers else None
-        if call is not None:
-            return self._integer_gemm(call, x)
-        x = x.value() if isinstance(x, Deferred) else x
         rows = x.reshape(-1, self.in_features)  # (M, K)
         if needs_gradient(rows, self.bias):
             y = StraightThrough.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
         else:
             y = self._gemm(rows, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
-
-    def _integer_call(self, x: Tensor) -> LinearCall | None:
-        """The call with a quantized input, for a deferred ``x`` or output; None if it cannot be."""
-        deferred, activations = isinstance(x, DeferredNorm), self.problem.activation_format
-        if not (deferred or is_deferred_now(self, x)) or not self.kernel.takes_int8_rows:
-            return None
-        if self.spec.rank or self._has_step_policy or not activations.integer:
-            return None
-        rows = x.rows if isinstance(x, DeferredNorm) else x.reshape(-1, self.in_features)
-        if needs_gradient(rows, self.bias):
-            return None
-        call = LinearCall(self.problem, rows, self._kernel_tensors(), self.bias)
-        if not isinstance(x, DeferredNorm):
-            return replace(call, codes=call.quantized())
-        transform, scale = call.transform_args(), call.tensors.get("input_scale")
-        first = self._first[0] if self._first and scale is None else self
-        # what is equal for layers that quantize the input in the same way
-        plain = transform[0] is None and transform[1] is None and scale is None
-        key = (None if plain else first, *transform[2:], activations.qmax)
-        codes = x.quantized(key, transform, scale, activations.qmax)
-        return replace(call, codes=codes)
-
-    def _integer_gemm(self, call: LinearCall, x: Tensor) -> Tensor:
-        """The output for an input ``x`` that was quantized, deferred if it is gated."""
-        shape = (*x.shape[:-1], self.out_features)
-        if self.defers and self.kernel.with_epilogue and not self._runs_hooks():
-            return DeferredOutput(call.x, shape, partial(self._gated, call))
-        return self.kernel.gemm(call).reshape(shape)
-
-    def _gated(self, call: LinearCall, gate: Tensor | None, residual: Tensor | None) -> Tensor:
-        """The output (M, N) of a call, with gate and residual or without."""
-        if gate is None or self.kernel.with_epilogue is None:
-            return self.kernel.gemm(call)
-        y = self.kernel.with_epilogue(call, Epilogue(gate=gate, residual=residual))
-        assert y is not None  # on a CPU
-        return y
 
     def gelu(self, x: Tensor) -> Tensor | None:
         """GELU, tanh form, of ``self(x)``, as an epilogue of the kernel: rounded once.
@@ -322,12 +278,9 @@ class QuantLinear(nn.Linear):
             return None
         if self.spec.rank and not self._fuses_branch(x):
             return None
-        call = self._integer_call(x) if isinstance(x, Deferred) else None
-        if call is None:
-            x = x.value() if isinstance(x, Deferred) else x
-            rows = x.reshape(-1, self.in_features)
-            call = LinearCall(self.problem, rows, self._kernel_tensors(), self.bias)
-        epilogue = Epilogue(gelu=True, branch=self._branch(call.x))
+        rows = x.reshape(-1, self.in_features)
+        epilogue = Epilogue(gelu=True, branch=self._branch(rows))
+        call = LinearCall(self.problem, rows, self._kernel_tensors(), self.bias)
         y = self.kernel.with_epilogue(call, epilogue)
         return None if y is None else y.reshape(*x.shape[:-1], self.out_features)
 

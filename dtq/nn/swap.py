@@ -16,7 +16,6 @@ from dtq.models.linears import is_convolution, is_linear
 from dtq.nn import nan_check
 from dtq.nn.attention import use_int8_attention
 from dtq.nn.conv import QuantConv
-from dtq.nn.deferred import defer
 from dtq.nn.gelu import use_fast_gelu
 from dtq.nn.linear import QuantLinear
 from dtq.nn.storage import aligned, device_of
@@ -108,7 +107,6 @@ def restore(model: nn.Module) -> None:
             delattr(module, name)
     vars(model).pop("_skip_layerwise_casting_patterns", None)
     use_int8_attention(model, ())
-    defer(model, False)
     remove_clock(model)
 
 
@@ -121,8 +119,8 @@ def finalize(
 ) -> None:
     """Prepare a model with quantized linears to run.
 
-    Disables what would break packed tensors, aligns tensors, and installs the fast GELU, deferred
-    norms and outputs, the step clock and the NaN check.
+    Disables what would break packed tensors, aligns tensors, and installs the fast GELU, the step
+    clock and the NaN check.
 
     Args:
         model: the transformer.
@@ -144,7 +142,6 @@ def finalize(
     for tensor in (*model.parameters(), *model.buffers()) if align else ():
         tensor.data = aligned(tensor.data)
     use_fast_gelu(model)
-    defer(model)
     if edges or policy is not None:
         install_clock(model, edges, policy)
     if nan_check.requested():
