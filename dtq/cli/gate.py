@@ -59,7 +59,7 @@ class Gate(click.Group):
 
 policy_option = click.option(
     "--policy", default="auto", metavar="NAME",
-    help="Name of a shipped policy, or a YAML file: metrics, margins, alpha, looks. Default: the "
+    help="Name of a shipped policy, or a YAML file: metrics, margins, alpha, looks. auto takes the "
          "policy sound for sounds, default for images and videos.",
 )  # fmt: skip
 
