@@ -24,7 +24,7 @@ RUN := .demo/gate-$(MODEL)
 
 setup: $(READY)
 
-# --no-compile: Python compiles what it imports, a quarter of the packages, and so setup takes half the time
+# --no-compile: Python compiles what it imports; to compile everything takes longer than to install it
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dtq needs Python 3.11 or newer; set PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv

@@ -81,10 +81,10 @@ def test_the_compared_layers_do_the_same_work(eager):
     assert found["fp32"].error == 0 < found["bf16"].error < found["w8a8"].error
 
 
-def small(name):
+def small(name, blocks=2):
     """A model of a benchmark with little work."""
     model, inputs = {
-        "dit": lambda: cases.dit_like(2, 16, heads=2, head_width=64),
+        "dit": lambda: cases.dit_like(blocks, 16, heads=2, head_width=64),
         "flux": lambda: cases.flux_like(1, 1, heads=2, text_width=128, image=16, text=8),
         "pixart": lambda: (tiny.pixart(), dummy_inputs(tiny.pixart(), 2, 500.0, 1)),
     }[name]()
@@ -121,11 +121,8 @@ def test_compiled_steps_compute_the_same(monkeypatch):
     if not bench._inductor_compiles():
         pytest.skip("needs a C++ compiler")
     monkeypatch.setattr(bench.openvino, "MODES", {})
-    monkeypatch.delitem(
-        layers.RECIPES, "w8a8"
-    )  # the same operators, but for the one of the product
-    rows = of(bench.compare_models(small("dit"), 2))
-    for name in ("w4a8", "w4a8 attention", "bf16"):
+    rows = of(bench.compare_models(small("dit", blocks=1), 2))
+    for name in ("w8a8", "w4a8", "w4a8 attention", "bf16"):
         assert rows[f"{name} compiled"].error < ERRORS[name], rows
 
 

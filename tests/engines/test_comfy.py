@@ -132,9 +132,8 @@ def test_integer_sums_of_4_bit_weights_are_equal(target_name, limit, tmp_path):
     assert checked > 8
 
 
-@pytest.mark.parametrize(
-    "rows", [8, 200]
-)  # few numbers are searched in the table, many are counted
+# few numbers are searched in the table, many are counted
+@pytest.mark.parametrize("rows", [8, 200])
 def test_codes_of_4_bits_are_those_of_the_nearest_int8_level(rows):
     w, fmt = layer_input(256, rows), FORMATS["lut4-2l-g16"]
     params = fmt.compute_qparams(w)
