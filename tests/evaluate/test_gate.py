@@ -524,3 +524,12 @@ def test_metrics_of_sounds_have_their_units():
     assert torch.allclose(sound.snr(0.9 * tone, tone), torch.tensor(20.0).double(), atol=1e-3)
     assert sound.spectral_distance(tone, tone).abs().max() == 0
     assert sound.spectral_distance(torch.zeros_like(tone), tone).isfinite().all()
+
+
+def test_silent_sounds_are_equal_or_not():
+    silent, tone = torch.zeros(1, 1, 4000), torch.sin(torch.arange(4000.0) / 8).reshape(1, 1, -1)
+    assert sound_metrics(silent, silent)["snr"].isposinf().all()
+    found = sound_metrics(tone, silent)
+    assert all(value.isfinite().all() for value in found.values())
+    assert found["snr"] < -100
+    assert found["level"] > 100

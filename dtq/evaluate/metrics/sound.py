@@ -21,12 +21,13 @@ def snr(candidate: Tensor, reference: Tensor) -> Tensor:
         reference: of the float model.
 
     Returns:
-        float64 (B,); inf for equal sounds.
+        float64 (B,); inf for equal sounds, silent ones too.
     """
     signal, noise = (
         x.double().square().flatten(1).sum(1) for x in (reference, candidate - reference)
     )
-    return 10 * torch.log10(signal / noise)
+    ratio = 10 * torch.log10((signal + _TINY) / noise)
+    return ratio.where(noise > 0, torch.inf)
 
 
 def level_change(candidate: Tensor, reference: Tensor) -> Tensor:
