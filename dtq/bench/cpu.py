@@ -203,6 +203,7 @@ def _onednn(full: nn.Linear, x: Tensor) -> list[Candidate]:
     bare = Candidate("oneDNN, bare", lambda: product(x_q), size, mode, lambda y: finish(y, x_scale))
     if not _inductor_compiles():
         return [bare]
+    torch.compiler.reset()  # it compiles a function 8 times at most, then runs it in eager mode
     before = torch.compile(quantize, dynamic=False)
     after = torch.compile(finish, dynamic=False)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from functools import partial
 
 import profile_step
 import pytest
@@ -153,6 +154,18 @@ def test_ggml_computes_the_same(name, largest):
         (row,) = compare.compare("128 x 48", 20, [made], 2, reference=layer(x))
     assert 1e-6 < row.error < largest
     assert row.about.startswith("ggml-python 0.")
+
+
+def test_onednn_is_compiled_for_every_size(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    limit = torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)
+    for columns in (64, 128):
+        full, x = torch.nn.Linear(columns, 64), torch.randn(3, columns).bfloat16()
+        *_, compiled = bench._onednn(full, x)
+        with torch.no_grad(), limit:
+            torch.testing.assert_close(
+                compiled.run().float(), full(x.float()), atol=0.05, rtol=0.05
+            )
 
 
 def test_libraries_that_are_missing_have_no_rows(monkeypatch):
