@@ -194,22 +194,21 @@ void multiply_large_m(dtq::Linear& g, const Kernels& kernels) {
   g.packed = packed.get(blocks * block_bytes);
   g.section_sums = sums.get<int32_t>(blocks * g.sections * kBlockTokens * 4);
   parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) { kernels.pack(g, first, last); });
-  // a task: `block_count` token blocks x `panel_count` panels
+  // a task: `block_count` token blocks x some panels
   const int64_t panels = ceil_div(g.rows, kPanelRows);
   const int64_t block_count = blocks_at_once(blocks, block_bytes);
   const int64_t tasks_m = ceil_div(blocks, block_count);
   const int64_t threads = torch::stable::get_num_threads();
-  // a few tasks per thread, so that the other threads can go on if one is delayed
+  // a few tasks per thread, of about as many panels: a thread gets as many neighbouring tasks as the others
   const int64_t wanted = threads > 1 ? 4 * threads : 1;
-  const int64_t panel_count = ceil_div(panels, std::clamp<int64_t>(wanted / tasks_m, 1, panels));
-  const int64_t tasks_n = ceil_div(panels, panel_count);
+  const int64_t tasks_n = std::clamp<int64_t>(wanted / tasks_m, 1, panels);
   parallel_for(0, tasks_m * tasks_n, 1, [&](int64_t first, int64_t last) {
     static thread_local Scratch panel;
     void* scratch = panel.get(dtq::scratch_bytes(kernels, g, block_count));
     for (int64_t task = first; task < last; task++) {
-      const int64_t b = task / tasks_n * block_count, p = task % tasks_n * panel_count;
-      kernels.multiply(g, b, std::min(b + block_count, blocks), p, std::min(p + panel_count, panels),
-                       scratch);
+      const int64_t b = task / tasks_n * block_count, n = task % tasks_n;
+      kernels.multiply(g, b, std::min(b + block_count, blocks), n * panels / tasks_n,
+                       (n + 1) * panels / tasks_n, scratch);
     }
   });
 }
