@@ -240,6 +240,7 @@ def quantized_model(
     calls: Sequence[Inputs],
     modulation: str = "w8a16",
     attention: str = "float",
+    exclude: tuple[str, ...] = ("embed", "head"),
 ) -> nn.Module:
     """A bfloat16 copy as ``dtq.quantize`` makes it, rotated and rounded to nearest.
 
@@ -252,6 +253,7 @@ def quantized_model(
         calls: to calibrate on.
         modulation: of the recipe, see :class:`dtq.Recipe`.
         attention: of the recipe; ``int8`` where the error of the step allows it.
+        exclude: of the recipe, roles that stay float.
 
     Returns:
         The copy, in evaluation mode.
@@ -264,5 +266,6 @@ def quantized_model(
         solver="rtn",
         modulation=modulation,
         attention=attention,
+        exclude=exclude,
         progress=False,
     ).eval()

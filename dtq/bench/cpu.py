@@ -259,6 +259,11 @@ def _steps(case: Case) -> Iterator[Candidate]:
         model = quantized_model(case.model, name, calls, attention="int8")
         about += ", int8 attention where the error of a step allows it"
         yield from _eager_and_compiled(f"{name} attention", model, inputs, about, backend="dtq")
+        if name == "w8a8":  # OpenVINO quantizes the embedders, too
+            model = quantized_model(case.model, name, calls, attention="int8", exclude=("head",))
+            about += ", embedders too"
+            row = f"{name} attention embed"
+            yield from _eager_and_compiled(row, model, inputs, about, backend="dtq")
     model, about = copy.deepcopy(case.model).bfloat16(), f"{versions('torch')}: bfloat16"
     yield from _eager_and_compiled("bf16", model, inputs, about, backend="inductor")
     run = partial(case.model, **case.inputs, return_dict=False)
