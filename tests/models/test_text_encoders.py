@@ -14,10 +14,12 @@ import text_encoders as texts
 import torch
 import transformers
 from accelerate import cpu_offload
+from peft import LoraConfig
 from safetensors import safe_open
 
 import dtq
 from dtq.errors import CheckpointError, InputError
+from dtq.integrations.transformers import DTQConfig
 from dtq.nn import QuantLinear
 from dtq.nn.weight_only import WeightOnly
 from dtq.pipelines.tracing import dummy_inputs, scan_model
@@ -309,6 +311,20 @@ def test_tokens_are_not_added_to_a_packed_table(umt5):
     model = transformers.UMT5EncoderModel.from_pretrained(umt5)
     with pytest.raises(InputError, match="takes no new tokens"):
         model.resize_token_embeddings(120)
+
+
+def test_a_packed_table_takes_no_adapters(umt5):
+    model = transformers.UMT5EncoderModel.from_pretrained(umt5)
+    with pytest.raises(InputError, match="tables of embeddings take no adapters"):
+        model.add_adapter(LoraConfig(r=2, target_modules=["embed_tokens"]))
+
+
+def test_a_table_is_packed_while_loading(tmp_path):
+    texts.model("UMT5EncoderModel").save_pretrained(tmp_path)
+    config = DTQConfig("rtn-w4a8", embeddings="w8")
+    model = transformers.UMT5EncoderModel.from_pretrained(tmp_path, quantization_config=config)
+    assert model.encoder.embed_tokens.weight is model.shared.weight
+    assert model.shared.weight.dtype == torch.int8
 
 
 def test_a_damaged_config_of_a_table_is_one_message(umt5, tmp_path):
