@@ -110,6 +110,7 @@ def open_runs(
     tasks: TaskStore | None = None,
     text_encoder: str | Path | Recipe | None = None,
     budget: PipelineBudget | None = None,
+    embeddings: str | None = None,
     **options: Any,
 ) -> list[Run]:
     """One :class:`Run` for each transformer, then one for each text encoder that is quantized.
@@ -119,6 +120,7 @@ def open_runs(
         recipe: what to do.
         text_encoder: see :class:`~dtq.stages.make_runs.Wanted`.
         budget: for all weight files of the pipeline.
+        embeddings: see :class:`~dtq.stages.make_runs.Wanted`.
         inputs: keyword arguments of forwards to calibrate a bare transformer on.
         tasks: where results of tasks are kept and shared by processes; default: in memory.
         **options: fields of :class:`Run`: ``exclude``, ``statistics``, ``memory``, ...
@@ -137,7 +139,7 @@ def open_runs(
             f"statistics and inputs are those of one transformer, the pipeline has {names}: "
             f"quantize them one by one with component="
         )
-    wanted = Wanted(recipe, text_encoder, budget)
+    wanted = Wanted(recipe, text_encoder, budget, embeddings)
     pipeline, texts = models[0].pipeline, []
     if text_encoder == BNB_NF4:  # refused now, converted at the end
         check_nf4()
@@ -164,6 +166,7 @@ def quantize(
     sanity_check: bool = True,
     to: str = "",
     text_encoder: str | Path | Recipe | None = None,
+    embeddings: str | None = None,
     vae: str | None = None,
     budget: str | None = None,
     **overrides: Any,
@@ -192,6 +195,9 @@ def quantize(
             path or :class:`Recipe`) quantizes them, calibrated on the same prompts; ``bnb-nf4``
             stores them in NF4 of bitsandbytes, which loads without dtq. Default: the budget
             decides; without one they are kept.
+        embeddings: how the tables of token embeddings of the quantized text encoders, or of a bare
+            one, are stored: ``w8``, ``w4`` or ``keep``; default: as their recipe says, which keeps
+            them.
         vae: ``w8`` also stores the autoencoder with 8-bit weights, ``keep`` leaves it; default as
             above. ``pipeline.vae.hf_quantizer.report`` has the PSNR of its decodes.
         budget: size of all weight files of the pipeline, such as ``12GB``; formats are chosen by
@@ -209,18 +215,10 @@ def quantize(
     chosen, limit = Recipe.load(recipe, **overrides), PipelineBudget.of(budget, vae, text_encoder)
     models = load_transformers(model, dtype=dtype, component=component, variant=variant)
     runs = open_runs(
-        models,
-        chosen,
-        inputs=inputs,
-        statistics=statistics,
-        exclude=modules_to_not_convert,
-        progress=progress,
-        memory=memory,
-        check=sanity_check,
-        target=to,
-        text_encoder=text_encoder,
-        budget=limit,
-    )
+        models, chosen, inputs=inputs, statistics=statistics, exclude=modules_to_not_convert,
+        progress=progress, memory=memory, check=sanity_check, target=to,
+        text_encoder=text_encoder, embeddings=embeddings, budget=limit,
+    )  # fmt: skip
     first = runs[0].loaded
     check_vae(first.pipeline, vae or "keep")
     run_stages(runs, limit)

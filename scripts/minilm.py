@@ -9,7 +9,8 @@ on the even lines of ``calibration/prompts-64.txt`` and on two other prompt sets
 evaluated on its odd lines and on the remaining two sets. ``--calibrate`` takes the even lines alone
 (``few``), or, to see what rounding can reach, the evaluation's own text (``oracle``). The error of tokens is that of the last hidden state without padding; that
 of sentences is of its mean over tokens, which the model is trained for. Every method quantizes the
-same linears.
+same linears. ``--embeddings`` packs the table of token embeddings too; the recipe ``none`` then
+packs it alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,15 @@ from torch import Tensor, nn
 import dtq
 from dtq.evaluate.baselines import BASELINES
 from dtq.linalg.relative_error import relative_error
+from dtq.models.linears import matrix_shape
 from dtq.nn import QuantLinear
+from dtq.recipe.resolve import EMBEDDINGS
 
 SETS = Path(__file__).parent.parent / "calibration"
 OTHERS = ("quanto-int4", "bnb-nf4")
 RECIPES = ("w8a8", "w4a8", "w4a16", "w4a16-hq")
+ALL_LINEARS = ("attn.*", "ffn.*", "embed", "head")
+"""Roles that the recipe ``none`` excludes."""
 
 
 def minilm() -> tuple[Any, Any]:
@@ -104,7 +110,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def measure(
-    recipes: Sequence[str], others: Sequence[str], calibrate: str
+    recipes: Sequence[str], others: Sequence[str], calibrate: str, embeddings: str = "keep"
 ) -> dict[str, tuple[float, float, float, float]]:
     """Method to bits per weight, error of tokens, error of sentences, and Spearman's rho."""
     model, tokenizer = minilm()
@@ -115,13 +121,24 @@ def measure(
     for recipe in recipes:
         quantized = copy.deepcopy(model)
         inputs = batches(tokenizer, calibration_sentences(calibrate))
-        dtq.quantize(quantized, recipe, inputs=inputs, progress=False)
+        name, excluded = recipe, {}
+        if recipe == "none":
+            name, excluded = "w4a16", {"exclude": [*ALL_LINEARS]}
+        dtq.quantize(
+            quantized, name, inputs=inputs, progress=False, embeddings=embeddings, **excluded
+        )
         layers = {n: m for n, m in quantized.named_modules() if isinstance(m, QuantLinear)}
         names = names or [*layers]
-        assert [*layers] == names
-        stored = sum(spec.nbytes for m in layers.values() for spec in m.tensor_specs().values())
-        bits = 8 * stored / sum(m.in_features * m.out_features for m in layers.values())
-        rows[f"dtq {recipe}"] = bits, *row(quantized, calls, tokens, sentences)
+        assert [*layers] in (names, [])
+        packed: list[Any] = [*layers.values()]
+        if embeddings != "keep":
+            packed.append(quantized.embeddings.word_embeddings)
+        stored = sum(spec.nbytes for m in packed for spec in m.tensor_specs().values())
+        bits = 8 * stored / sum(math.prod(matrix_shape(m)) for m in packed)
+        title = (
+            f"dtq {recipe}" if embeddings == "keep" else f"dtq {recipe}, embeddings {embeddings}"
+        )
+        rows[title] = bits, *row(quantized, calls, tokens, sentences)
     for other in others:
         quantized = copy.deepcopy(model)
         BASELINES[other].apply(quantized, names)
@@ -146,12 +163,13 @@ def main() -> None:
     )
     parser.add_argument("--recipes", nargs="*", default=RECIPES, help="of dtq; default: all four")
     parser.add_argument("--others", nargs="*", default=OTHERS, choices=OTHERS, help="libraries")
+    parser.add_argument("--embeddings", choices=EMBEDDINGS, default="keep")
     parser.add_argument("--calibrate", choices=CALIBRATION, default="bundled")
     options = parser.parse_args()
     print("| method | bits per weight | error of tokens | error of sentences | Spearman |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name, (bits, tokens, sentences, rho) in measure(
-        options.recipes, options.others, options.calibrate
+        options.recipes, options.others, options.calibrate, options.embeddings
     ).items():
         print(f"| {name} | {bits:.2f} | {tokens:.2e} | {sentences:.2e} | {rho:.4f} |")
 

@@ -68,6 +68,7 @@ GROUPS: dict[str, str] = {
     **dict.fromkeys(("adaln", "embed", "head"), "content"),  # they affect every token equally
     "proj": "mse",
     "conv": "mse",
+    "vocab": "mse",
     "other": "mse",
 }
 """The metric that ranks the layers of a role (ours; see the module for the paper's metrics)."""

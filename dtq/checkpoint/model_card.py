@@ -15,7 +15,9 @@ from torch import nn
 from dtq.checkpoint.config import DTQConfig
 from dtq.models.linears import is_linear, matrix_shape, shape_of
 from dtq.nn.conv import QuantConv
+from dtq.nn.embedding import QuantEmbedding, tied_to_tables
 from dtq.nn.linear import QuantLinear
+from dtq.nn.weight_only import WeightOnly
 
 _HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots")
@@ -76,7 +78,7 @@ def _quantized(saveable: Any) -> dict[str, nn.Module]:
         name: model
         for name, model in components.items()
         if isinstance(model, nn.Module)
-        and any(isinstance(m, QuantLinear | QuantConv) for m in model.modules())
+        and any(isinstance(m, QuantLinear | WeightOnly) for m in model.modules())
     }
 
 
@@ -97,12 +99,17 @@ def _table(models: dict[str, nn.Module]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, model in models.items():
-        layers = [m for m in model.modules() if isinstance(m, QuantLinear | QuantConv)]
+        twins = tied_to_tables(model)
+        own = [module for name, module in model.named_modules() if name not in twins]
+        layers = [m for m in own if isinstance(m, QuantLinear | WeightOnly)]
         linears = sum(isinstance(m, QuantLinear) for m in layers)
         every = sum(is_linear(m) for m in model.modules())
-        more = f", {len(layers) - linears} convolutions" if len(layers) > linears else ""
+        convolutions = sum(isinstance(m, QuantConv) for m in layers)
+        more = f", {convolutions} convolutions" if convolutions else ""
+        tables = sum(isinstance(m, QuantEmbedding) for m in layers)
+        more += f", {tables} table{'s' if tables > 1 else ''} of embeddings" if tables else ""
         size = sum(spec.nbytes for m in layers for spec in m.tensor_specs().values())
-        shapes = (matrix_shape(m) if isinstance(m, QuantConv) else shape_of(m) for m in layers)
+        shapes = (matrix_shape(m) if isinstance(m, WeightOnly) else shape_of(m) for m in layers)
         count = sum(map(math.prod, shapes))
         title = f"`{name}`, {type(model).__name__}" if name else type(model).__name__
         config = _config(model)

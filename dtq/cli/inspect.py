@@ -12,10 +12,12 @@ from typing import Any
 import click
 
 from dtq.cli import options as opt
-from dtq.cli.output import fold, size, table
+from dtq.cli.output import fold, number_of_tables, size, table
 from dtq.errors import InputError
 
 CONVOLUTION = "float convolution of the unpacked weight"
+"""In place of a kernel."""
+TABLE = "float rows of the unpacked table"
 """In place of a kernel."""
 
 
@@ -62,17 +64,23 @@ def _inspect(folder: Path, variant: str | None) -> dict[str, Any]:
     from dtq.models.linears import matrix_shape, shape_of
     from dtq.nn import QuantLinear
     from dtq.nn.conv import QuantConv
+    from dtq.nn.embedding import QuantEmbedding, tied_to_tables
     from dtq.pipelines.loading import load_model
     from dtq.pipelines.weight_files import weight_files
 
     model = load_model(folder, variant=variant)
     rows: list[dict[str, Any]] = []
+    twins = tied_to_tables(model)
     for name, m in model.named_modules():
+        if name in twins:  # it has no tensors of its own
+            continue
         if isinstance(m, QuantLinear):
             shape, kernel = shape_of(m), m.kernel.name
             kernels, hadamard = explain(m.problem, shape), m.problem.hadamard_block
         elif isinstance(m, QuantConv):
             shape, kernel, kernels, hadamard = matrix_shape(m), CONVOLUTION, [CONVOLUTION], 1
+        elif isinstance(m, QuantEmbedding):
+            shape, kernel, kernels, hadamard = matrix_shape(m), TABLE, [TABLE], 1
         else:
             continue
         rows.append(
@@ -96,10 +104,12 @@ def _inspect(folder: Path, variant: str | None) -> dict[str, Any]:
 
 def _print(folder: str, data: dict[str, Any], every: bool) -> None:
     convolutions = sum(row["kernel"] == CONVOLUTION for row in data["layers"])
+    tables = sum(row["kernel"] == TABLE for row in data["layers"])
     more = f" and {convolutions} convolutions" if convolutions else ""
+    more += f" and {number_of_tables(tables)}" if tables else ""
     click.echo(
         f"{folder}: recipe {data['recipe']}, "
-        f"{len(data['layers']) - convolutions} quantized linears{more}, "
+        f"{len(data['layers']) - convolutions - tables} quantized linears{more}, "
         f"{size(data['bytes'])}, checksums good"
     )
     rows = [

@@ -100,6 +100,10 @@ text_encoder = click.option(
          "size); they are calibrated on the same prompts. keep: they stay as they are. bnb-nf4: 4 "
          "bits in the format of bitsandbytes, which loads where dtq is not installed. Default: "
          "keep; with --budget SIZE, float, 8 or 4 bits for each layer, as the budget allows.")
+embeddings = click.option(
+    "--embeddings", type=click.Choice(["keep", "w8", "w4"]),
+    help="Format of the tables of token embeddings of the quantized text encoders: w8 (8 bits, nearly "
+         "no error) or w4 (4 bits). Default: those of the recipe, which keeps them.")
 vae = click.option(
     "--vae", type=click.Choice(["keep", "w8"]),
     help="Format of the autoencoder: w8 stores it with 8-bit weights, and the report has the PSNR of "

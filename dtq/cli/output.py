@@ -45,6 +45,11 @@ def component_cells(row: Contribution) -> tuple[str, ...]:
     )
 
 
+def number_of_tables(count: int) -> str:
+    """How many tables of embeddings, in words."""
+    return f"{count} table{'' if count == 1 else 's'} of embeddings"
+
+
 def fold(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Rows that differ in an index in their first cell alone, as one row.
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @opt.model
 @opt.target
 @opt.text_encoder
+@opt.embeddings
 @opt.vae
 @opt.exclude
 @opt.memory
@@ -79,6 +81,7 @@ def plan(
     folder = demo.path_of(model)
     has_pipeline = not folder.exists() or contents.folder_kind(folder) == "pipeline"
     options = {"exclude": exclude, "memory": memory, "target": target, "text": text_encoder}
+    options["embeddings"] = choices["embeddings"]
     runs, compute, mapped = _runs(model, components, dtype, variant, recipe, budget, options)
     data: dict[str, dict[str, Any]] = {}
     local = has_pipeline and folder.exists()
@@ -136,7 +139,8 @@ def _runs(
     from dtq.stages.make_runs import Wanted, make_runs
     from dtq.stages.plan import plan as plan_stage
 
-    memory, wanted = options["memory"], Wanted(recipe, options["text"], budget)
+    memory = options["memory"]
+    wanted = Wanted(recipe, options["text"], budget, options["embeddings"])
     found = loading.meta_models(model, components or "auto", variant, text=wanted.text_runs)
     _, first = next(iter(found.values()))  # the dtype in which the whole pipeline is loaded
     compute = first if dtype == "auto" else loading.DTYPES[dtype]
@@ -283,6 +287,11 @@ def _summary(run: Run, cost: Estimate) -> list[tuple[str, str]]:
     if convolutions := plan.convolutions():
         bits = f"{len(convolutions)}, {plan.bits(convolutions):.3f} bits per weight"
         lines.append(("convolutions", bits))
+    if tables := plan.tables():
+        small, dtype = sum(x.nbytes() for x in tables), run.loaded.dtype
+        floats = sum(math.prod(x.shape) for x in tables) * dtype.itemsize
+        bits = f"{plan.bits(tables):.3f} bits per weight, {size(floats)} to {size(small)}"
+        lines.append(("table of embeddings", bits))
     lines.append(("file", f"{cost.file} bytes ({size(cost.file)}); float {size(cost.float_file)}"))
     if cost.file_most > cost.file:
         most = f"{size(cost.file_most)} if the whole budget is spent ({cost.budget})"

@@ -30,6 +30,7 @@ _options = opt.combined(
     opt.path("--stats", help="Statistics file from dtq calibrate. Default: calibrate now."),
     opt.target,
     opt.text_encoder,
+    opt.embeddings,
     opt.vae,
     opt.exclude,
     opt.memory,
@@ -117,6 +118,7 @@ def quantize(
             check=sanity_check,
             target=target,
             text_encoder=text_encoder,
+            embeddings=choices["embeddings"],
             budget=budget,
         )
         _plan(runs, output, vae, budget, text_encoder)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics as numbers
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dtq.cli.output import duration, or_dash, print_unknown, size, table
+from dtq.cli.output import duration, number_of_tables, or_dash, print_unknown, size, table
 
 if TYPE_CHECKING:
     from dtq.pipelines.loading import LoadedModel
@@ -37,6 +38,11 @@ def print_result(
     """
     for name, report in reports.items():
         _print_model(name or type(loaded.model).__name__, report)
+        for layer in report.plan.tables():  # the whole pipeline has one dtype
+            sizes = (
+                f"{size(math.prod(layer.shape) * loaded.dtype.itemsize)} to {size(layer.nbytes())}"
+            )
+            click.echo(f"table of embeddings {layer.name} in {layer.weight_format}: {sizes}")
     if decodes := data.get("vae", {}):
         psnr = "equal decodes" if decodes["psnr"] is None else f"PSNR {decodes['psnr']:.1f} dB"
         sizes = f"{size(decodes['bytes_before'])} to {size(decodes['bytes'])}"
@@ -78,9 +84,11 @@ def _print_model(name: str, report: Report) -> None:
         click.echo(f"{name}: stays float, for which the budget has room")
         return
     bits = f"{plan.bits(plan.gemm()):.2f} bits per attention and feed-forward weight among them"
-    convolutions = len(plan.convolutions())
-    linears = f"{len(quantized) - convolutions} of {len(plan.layers) - convolutions} linears"
+    convolutions, tables = len(plan.convolutions()), len(plan.tables())
+    others = convolutions + tables
+    linears = f"{len(quantized) - others} of {len(plan.layers) - others} linears"
     more = f" and {convolutions} convolutions" if convolutions else ""
+    more += f" and {number_of_tables(tables)}" if tables else ""
     click.echo(f"{name}: {linears}{more} quantized, {bits}")
     layers = [x for x in report.layers if x.error is not None]
     if worst := sorted(layers, key=lambda x: -(x.error or 0))[:5]:

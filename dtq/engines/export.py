@@ -27,6 +27,7 @@ from dtq.errors import InputError
 from dtq.nn.attention import int8_attention_modules
 from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
+from dtq.nn.weight_only import WeightOnly
 from dtq.pipelines.contents import (
     Components,
     diffusion_transformers,
@@ -160,7 +161,7 @@ def _original_names(model: nn.Module, required: bool) -> KeyMap | None:
 
 
 def contents_of(model: nn.Module) -> Contents:
-    """The tensors and the config of a quantized model; its convolutions are decoded to floats.
+    """The tensors and the config of a quantized model; what is no linear is decoded to floats.
 
     Raises:
         InputError: it is not quantized by dtq, or has a step policy, which no other engine runs.
@@ -178,11 +179,11 @@ def contents_of(model: nn.Module) -> Contents:
         )
     every = dict(model.named_modules())
     modules = {n: m for n, m in every.items() if isinstance(m, QuantLinear)}
-    convs = {n: m for n, m in every.items() if isinstance(m, QuantConv)}
+    unpacked = {n: m for n, m in every.items() if isinstance(m, WeightOnly)}
     packed = {f"{n}.{key}" for n, m in modules.items() for key in m.tensor_specs()}
-    packed |= {f"{n}.{key}" for n, m in convs.items() for key in m.tensor_specs()}
+    packed |= {f"{n}.{key}" for n, m in unpacked.items() for key in m.tensor_specs()}
     others = {key: t.detach() for key, t in model.state_dict().items() if key not in packed}
-    others |= {f"{name}.weight": conv.dequantize() for name, conv in convs.items()}
+    others |= {f"{name}.weight": m.dequantize() for name, m in unpacked.items()}
     layers = {
         name: StoredLayer(
             module.spec,
@@ -216,18 +217,19 @@ def holdable(
     contents = contents_of(model)
     found = {name: target.unsupported_reason(layer) for name, layer in contents.layers.items()}
     reasons = {name: reason for name, reason in found.items() if reason}
-    convolutions = dict.fromkeys(
-        (name for name, module in model.named_modules() if isinstance(module, QuantConv)),
-        "a convolution with 8-bit weights",
-    )
+    floats = {
+        name: "a convolution with 8-bit weights" if isinstance(m, QuantConv) else "a packed table"
+        for name, m in model.named_modules()
+        if isinstance(m, WeightOnly)
+    }
     apart = {}
     if original:
         held = {name: x for name, x in contents.layers.items() if name not in reasons}
         apart = fusion_reasons(held, original)
         reasons |= apart
-    if (reasons or convolutions) and not as_float:
+    if (reasons or floats) and not as_float:
         more = "; or keep each layer by itself: --names diffusers" if apart else ""
-        raise InputError(_refusal(target, reasons | convolutions) + more)
+        raise InputError(_refusal(target, reasons | floats) + more)
     weights: dict[str, Tensor] = {}
     for name in reasons:
         module = model.get_submodule(name)
@@ -237,7 +239,7 @@ def holdable(
     if not layers:
         why = _refusal(target, reasons) if reasons else "no layer is quantized"
         raise InputError(f"{why}; no layer would be left for {target.name}")
-    held_as_float = reasons | convolutions
+    held_as_float = reasons | floats
     return replace(contents, layers=layers, others=contents.others | weights), held_as_float
 
 

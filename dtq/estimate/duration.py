@@ -115,12 +115,13 @@ def solver_operations(run: Run, needs: frozenset[str]) -> float:
         needs: statistics that are collected; GPTQ takes more with Hessians.
     """
     plan = run.plan
-    layers = plan.quantized()
+    readers = {x.name: len(g.linears) for g in run.scan.input_groups for x in g.linears}
+    # what is no linear is rounded once, without data, which takes no time in comparison
+    layers = [x for x in plan.quantized() if x.name in readers]
     for name in run.recipe.transform_candidates:
         layers += [replace(x, transform=MethodSpec(name)) for x in plan.gemm()]
     for name in run.formats:
         layers += [x for x in plan.gemm() if x.weight_format != name]
-    readers = {x.name: len(g.linears) for g in run.scan.input_groups for x in g.linears}
     total = 0.0
     for layer in layers:
         n, k = layer.shape

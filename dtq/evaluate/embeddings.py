@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
+from dtq.nn.weight_only import WeightOnly
 from dtq.pipelines import prompts
 from dtq.pipelines.contents import text_encoders
 from dtq.pipelines.loading import LoadedModel
@@ -30,7 +30,7 @@ def quantized_text_encoders(loaded: LoadedModel) -> dict[str, nn.Module]:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether a model has quantized layers of dtq, or was quantized by another library."""
-    own = any(isinstance(module, QuantLinear | QuantConv) for module in model.modules())
+    own = any(isinstance(module, QuantLinear | WeightOnly) for module in model.modules())
     return own or getattr(model, "is_quantized", False)
 
 

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from dtq.errors import InputError
 from dtq.integrations.adapter_file import Factors, listed, read_adapter
 from dtq.integrations.adapter_names import TEXT, find_layers
-from dtq.integrations.fuse import CONVOLUTION
+from dtq.integrations.fuse import CONVOLUTION, TABLE
 from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
+from dtq.nn.weight_only import WeightOnly
 from dtq.plan.layers import COMPUTE_DTYPES
 
 log = logging.getLogger("dtq")
@@ -134,6 +135,9 @@ def _check_layers(model: nn.Module, made: Mapping[str, Factors]) -> None:
     ]
     if convolutions:
         raise InputError(listed(f"{CONVOLUTION}. Such layers are", convolutions))
+    tables = [name for name, base in bases.items() if isinstance(base, WeightOnly)]
+    if tables:
+        raise InputError(listed(f"{TABLE}. Such layers are", tables))
 
 
 def _config(kind: str, made: Mapping[str, Factors]) -> Any:

@@ -31,9 +31,9 @@ from dtq.integrations.loaded_model import (
     set_packed_tensor,
     unquantize,
 )
-from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
 from dtq.nn.storage import aligned
+from dtq.nn.weight_only import WeightOnly
 from dtq.pipelines.plain_weights import plain_weights, without_wrappers
 from dtq.pipelines.stored_tensors import FP8, Stored, described, read_headers, refuse_codes
 from dtq.plan.layers import Plan
@@ -134,7 +134,7 @@ class DTQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> bool:
         """Whether a parameter is a packed tensor of a quantized linear."""
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, QuantLinear | QuantConv) and name in module.tensor_specs()
+        return isinstance(module, QuantLinear | WeightOnly) and name in module.tensor_specs()
 
     def check_quantized_param_shape(self, name: str, current: Tensor, loaded: Tensor) -> bool:
         """Compare the shape of a packed tensor with that in the file.

@@ -26,6 +26,10 @@ CONVOLUTION = (
 """What is wrong with an adapter for a quantized linear in place of a convolution."""
 
 
+TABLE = "quantized tables of embeddings take no adapters; quantize with embeddings=keep"
+"""What is wrong with an adapter for a table, or for a head with the same weight."""
+
+
 class Fusible(BaseTunerLayer):  # type: ignore[misc]
     """Part of a layer of peft on a quantized linear: a merge that does not change the weight.
 

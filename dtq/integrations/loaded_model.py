@@ -19,11 +19,12 @@ from dtq.checkpoint.model_card import hub_id
 from dtq.errors import CheckpointError, InputError
 from dtq.io.memory import Mapped
 from dtq.nn.attention import use_int8_attention
-from dtq.nn.conv import QuantConv
+from dtq.nn.embedding import QuantEmbedding, float_table, tied_to_tables
 from dtq.nn.linear import QuantLinear
 from dtq.nn.shared_inputs import share_input_transforms
 from dtq.nn.storage import aligned, check_tensor, from_disk, to_disk
 from dtq.nn.swap import finalize, restore, swap_empty
+from dtq.nn.weight_only import WeightOnly
 from dtq.plan.layers import LayerSpec, Plan, check_compute_dtype
 
 log = logging.getLogger("dtq")
@@ -110,7 +111,7 @@ def _align(tensor: Tensor, mapped: Mapped) -> Tensor:
 
 
 def set_packed_tensor(
-    module: QuantLinear | QuantConv, name: str, key: str, raw: Tensor, device: torch.device | str
+    module: QuantLinear | WeightOnly, name: str, key: str, raw: Tensor, device: torch.device | str
 ) -> None:
     """Set a packed tensor of a quantized linear.
 
@@ -158,8 +159,11 @@ def saved_tensors(state: dict[str, Tensor], config: DTQConfig) -> dict[str, Tens
 
 def unquantize(model: nn.Module) -> None:
     """Replace every quantized layer by a float one."""
+    twins = tied_to_tables(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear | QuantConv):
+        if isinstance(module, QuantEmbedding) and name not in twins:
+            float_table(model, name)
+        elif isinstance(module, QuantLinear | WeightOnly) and name not in twins:
             model.set_submodule(name, module.unquantized())
     restore(model)
 

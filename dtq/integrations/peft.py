@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from dtq.errors import InputError
 from dtq.integrations import lycoris
 from dtq.integrations.dora import QuantDora
-from dtq.integrations.fuse import CONVOLUTION, Fusible
+from dtq.integrations.fuse import CONVOLUTION, TABLE, Fusible
 from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
+from dtq.nn.weight_only import WeightOnly
 
 
 class LoraLinear(Fusible, Linear):  # type: ignore[misc]
@@ -135,6 +136,8 @@ def _refuse_others() -> None:
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             if isinstance(base, QuantConv):
                 raise InputError(f"adapter {name!r}: {CONVOLUTION}")
+            if isinstance(base, WeightOnly):
+                raise InputError(f"adapter {name!r}: {TABLE}")
             if isinstance(base, QuantLinear):
                 _check_kind(config, name)
             return create(config, name, target, *rest, **more)

@@ -31,8 +31,8 @@ from dtq.integrations.loaded_model import (
 )
 from dtq.io.atomic import atomic_directory
 from dtq.io.safe_parse import read_json
-from dtq.nn.conv import QuantConv
 from dtq.nn.linear import QuantLinear
+from dtq.nn.weight_only import WeightOnly
 
 PATTERN = "model{suffix}.safetensors"
 """Names of the weight files."""
@@ -133,7 +133,7 @@ def _set(model: nn.Module, tensors: dict[str, Tensor], devices: Mapping[str, tor
         module = model.get_submodule(layer)
         device = devices[key if key in devices else f"{layer}.weight"]
         place = torch.device("cpu") if device.type == "meta" else device
-        if isinstance(module, QuantLinear | QuantConv) and part in module.tensor_specs():
+        if isinstance(module, QuantLinear | WeightOnly) and part in module.tensor_specs():
             set_packed_tensor(module, part, key, tensor, place)
         else:
             floats[key] = tensor.to(place)

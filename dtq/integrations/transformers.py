@@ -31,8 +31,9 @@ from dtq.integrations.loaded_model import (
     set_packed_tensor,
     unquantize,
 )
-from dtq.nn.conv import QuantConv
+from dtq.nn.embedding import retie
 from dtq.nn.linear import QuantLinear
+from dtq.nn.weight_only import WeightOnly
 from dtq.plan.layers import Plan
 
 
@@ -60,6 +61,7 @@ class DTQQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: checkpoint_config.DTQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.report: object = None
+        self._packed: set[str] = set()
 
     def is_serializable(self) -> bool:
         """Whether the model can be saved: always."""
@@ -86,8 +88,7 @@ class DTQQuantizer(HfQuantizer):  # type: ignore[misc]
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
         """The dtype to cast a tensor of a file to; None for a packed tensor, which is not cast."""
-        layer, _, tensor = converter.target_patterns[0].rpartition(".")
-        if layer in self.quantization_config.layers and tensor != "bias":
+        if converter.target_patterns[0] in self._packed:
             return None
         return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
@@ -105,6 +106,12 @@ class DTQQuantizer(HfQuantizer):  # type: ignore[misc]
         check_saved(self.quantization_config)
         files = reader.Reader(checkpoint_files or [])
         build_layers(model, self.quantization_config, files)
+        self._packed = {
+            f"{name}.{part}"
+            for name, module in model.named_modules()
+            if isinstance(module, QuantLinear | WeightOnly)
+            for part in module.tensor_specs()
+        }
         for file in checkpoint_files or []:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
@@ -119,11 +126,12 @@ class DTQQuantizer(HfQuantizer):  # type: ignore[misc]
             return model
         align_tensors(model)
         for name, module in model.named_modules():
-            packed = isinstance(module, QuantLinear | QuantConv)
+            packed = isinstance(module, QuantLinear | WeightOnly)
             for part in module.tensor_specs() if packed else ():
                 raw = module._parameters[part]
                 assert raw is not None
                 set_packed_tensor(module, part, f"{name}.{part}", raw.data, raw.device)
+        retie(model)
         finish_loading(model, self.quantization_config)
         return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dtq.models.base import ROLES, Family, InputGroup, Linear, Scan, sibling_key
+from dtq.models.base import ROLES, Family, InputGroup, Linear, Scan, Table, sibling_key
 from dtq.models.families import FAMILIES
 from dtq.models.scan import blocks_of, scan, scan_names
 from dtq.models.text_encoders import family_of, is_of_transformers, is_text_encoder
@@ -25,6 +25,7 @@ __all__ = [
     "InputGroup",
     "Linear",
     "Scan",
+    "Table",
     "blocks_of",
     "find_family",
     "is_of_transformers",

@@ -28,6 +28,7 @@ ROLES: dict[str, str] = {
     "embed": "embedders of patches, time, labels and text",
     "head": "final norm and projection",
     "conv": "a convolution of a block that is no linear; `convolutions` of a recipe is its format",
+    "vocab": "a table of token embeddings; `embeddings` of a recipe is its format",
     "other": "a linear in a block that no rule matches",
 }
 """Roles of linears, the names that recipes select layers by."""
@@ -41,6 +42,13 @@ class Linear:
     role: str
     shape: tuple[int, int]
     bias: bool
+
+
+@dataclass(frozen=True)
+class Table(Linear):
+    """A table of token embeddings (N, D), and the names of the modules with the same weight."""
+
+    tied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class Scan:
         rows: input rows (M) of each linear in the traced forward.
         unsupported: weights in blocks that are no linears, and why.
         convolutions: of those the convolutions whose weight can be stored in 8 bits.
+        tables: tables of token embeddings that can be stored in fewer bits.
     """
 
     family: str
@@ -77,6 +86,7 @@ class Scan:
     rows: dict[str, int] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)
     convolutions: tuple[Linear, ...] = ()
+    tables: tuple[Table, ...] = ()
 
     def linears(self) -> list[Linear]:
         """The linears of all input groups, in call order."""

@@ -92,7 +92,14 @@ def reads_weight(module: nn.Module) -> bool:
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """(O, I / groups * kernel): the shape of the weight of a convolution as a matrix."""
+    """The shape of the weight as a matrix.
+
+    (O, I / groups * kernel) of a convolution, (N, K) of a linear, (N, D) of a table of embeddings.
+    """
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
     assert isinstance(module, CONVOLUTIONS)
     columns = module.in_channels // module.groups * math.prod(module.kernel_size)
     return module.out_channels, columns

@@ -85,12 +85,13 @@ class TracedInput:
 
 @dataclass
 class Trace:
-    """The inputs of linears in a traced forward, by name, and the batch size.
+    """The inputs of linears in a traced forward, by name, its embeddings, and the batch size.
 
     The tensors are kept, because identities are unique only among living objects.
     """
 
     inputs: dict[str, TracedInput] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
     batch: int = 1
     tensors: list[Tensor] = field(default_factory=list)
 

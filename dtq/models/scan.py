@@ -27,6 +27,7 @@ from dtq.models.linears import (
     shape_of,
 )
 from dtq.models.roles import Trace, TracedInput, assign_roles, attention_projection, block_of
+from dtq.models.tables import tables
 
 _EMBEDS = re.compile(r"embed|embd|_emb(\.|$)|projection|projector|guidance_layer|conditioner", re.I)
 _MIDDLE = re.compile(r"(^|\.)mid(dle)?_block$")
@@ -67,6 +68,7 @@ def scan(model: nn.Module, family: Family | None, run: Callable[[nn.Module], obj
         rows={name: traced.rows for name, traced in trace.inputs.items()},
         unsupported=unsupported(model, blocks),
         convolutions=convolutions(model, blocks),
+        tables=tables(model, trace.embeddings),
     )
 
 
@@ -81,6 +83,7 @@ def scan_names(model: nn.Module, family: Family | None) -> Scan:
         traced=False,
         unsupported=unsupported(model, blocks),
         convolutions=convolutions(model, blocks),
+        tables=tables(model),
     )
 
 
@@ -168,8 +171,16 @@ def _trace(model: nn.Module, run: Callable[[nn.Module], object]) -> Trace:
         for name, module in linears_of(model):
             hook = partial(trace.see_input, name)
             hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding):
+                see = partial(_see_embedding, trace, name)
+                hooks.enter_context(module.register_forward_pre_hook(see))
         run(model)
     return trace
+
+
+def _see_embedding(trace: Trace, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    trace.embeddings.add(name)
 
 
 def _idle_experts(model: nn.Module, inputs: Mapping[str, TracedInput]) -> dict[str, str]:

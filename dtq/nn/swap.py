@@ -13,13 +13,22 @@ from torch import nn
 
 from dtq.errors import CheckpointError
 from dtq.models.linears import is_convolution, is_linear
+from dtq.models.tables import is_table, tie_problem
 from dtq.nn import nan_check
 from dtq.nn.attention import use_int8_attention
 from dtq.nn.conv import QuantConv
+from dtq.nn.embedding import (
+    QuantEmbedding,
+    forget_packed_ties,
+    put_table,
+    refuse_resizing,
+    row_misfit,
+)
 from dtq.nn.gelu import use_fast_gelu
 from dtq.nn.linear import QuantLinear
 from dtq.nn.storage import aligned, device_of
 from dtq.nn.timestep_hook import install_clock, remove_clock
+from dtq.nn.weight_only import WeightOnly
 from dtq.plan.layers import CheckpointSpec, LayerSpec
 from dtq.plan.step_policy import StepPolicy
 
@@ -36,6 +45,12 @@ def swap_empty(model: nn.Module, plan: CheckpointSpec, compute_dtype: torch.dtyp
         device = next(old.parameters()).device
         spec = plan.layers[name]
         new: nn.Module
+        if isinstance(old, nn.Embedding):
+            table = QuantEmbedding.in_place_of(
+                old, spec, compute_dtype=compute_dtype, device=device
+            )
+            put_table(model, name, table)
+            continue
         if is_linear(old):
             new = QuantLinear.in_place_of(
                 old, spec, bins=plan.bins, compute_dtype=compute_dtype, device=device
@@ -50,16 +65,20 @@ def planned_linears(model: nn.Module, plan: CheckpointSpec) -> dict[str, nn.Modu
     """The linears that a plan names, by name.
 
     Raises:
-        CheckpointError: the plan names a module that is not a linear of this model.
+        CheckpointError: the plan names a module that is not a linear of this model, or a table that
+            cannot be packed.
     """
     linears = {}
-    for name in plan.layers:
+    for name, spec in plan.layers.items():
         try:
             module = model.get_submodule(name)
         except AttributeError as error:
             raise CheckpointError(f"config.json: the model has no layer {name!r}") from error
-        weights_only = plan.layers[name] == LayerSpec(plan.layers[name].weight_format, "none")
-        if not is_linear(module) and not (is_convolution(module) and weights_only):
+        weights_only = spec == LayerSpec(spec.weight_format, "none")
+        if weights_only and is_table(module):
+            if problem := tie_problem(model, name) or row_misfit(spec.weight_format):
+                raise CheckpointError(f"config.json: {name!r} cannot be packed: {problem}")
+        elif not is_linear(module) and not (is_convolution(module) and weights_only):
             kind = type(module).__name__
             raise CheckpointError(f"config.json: {name!r} is a {kind}, not a linear")
         linears[name] = module
@@ -103,9 +122,10 @@ def _keep_separate(module: nn.Module, method: str) -> None:
 def restore(model: nn.Module) -> None:
     """Undo :func:`finalize` on a model whose linears are float again."""
     for module in model.modules():
-        for name in [name for name, value in vars(module).items() if value is not_fused]:
+        for name in [k for k, v in vars(module).items() if v in (not_fused, refuse_resizing)]:
             delattr(module, name)
     vars(model).pop("_skip_layerwise_casting_patterns", None)
+    forget_packed_ties(model)
     use_int8_attention(model, ())
     remove_clock(model)
 
@@ -134,7 +154,10 @@ def finalize(
             _keep_separate(module, "fuse_projections")
     for method in ("fuse_qkv_projections", "unfuse_qkv_projections"):
         _keep_separate(model, method)
-    quantized = [n for n, m in model.named_modules() if isinstance(m, QuantLinear | QuantConv)]
+    has_table = any(isinstance(module, QuantEmbedding) for module in model.modules())
+    if has_table and hasattr(model, "resize_token_embeddings"):
+        vars(model)["resize_token_embeddings"] = refuse_resizing
+    quantized = [n for n, m in model.named_modules() if isinstance(m, QuantLinear | WeightOnly)]
     others = getattr(type(model), "_skip_layerwise_casting_patterns", None) or ()
     # layerwise casting cannot change scales; casting the biases would save hardly any memory
     pattern = f"^({'|'.join(map(re.escape, quantized))})$"

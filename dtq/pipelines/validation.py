@@ -231,7 +231,7 @@ def check_shapes(
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for key, tensor in model.state_dict().items():
         name, _, tensor_name = key.rpartition(".")
-        if key in tied or (name in planned and tensor_name != "bias"):
+        if key in tied or (name in planned and tensor_name == "weight"):
             continue
         if key not in stored:
             raise CheckpointError(

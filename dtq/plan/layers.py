@@ -220,11 +220,12 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every linear of a model, in model order, then the convolutions that are quantized.
+    """Every linear of a model, in model order, then quantized convolutions and tables.
 
     Attributes:
         recipe: name of the recipe.
-        layers: one entry per linear, unquantized ones included; and one per quantized convolution.
+        layers: one entry per linear, unquantized ones included; and one per quantized convolution
+            and table of token embeddings.
         bins: timestep bins of static activation scales.
     """
 
@@ -241,11 +242,15 @@ class Plan:
 
     def gemm(self) -> list[LayerPlan]:
         """Quantized linears that see tokens: attention and feed-forward, not modulation."""
-        return [layer for layer in self.quantized() if layer.role not in ("adaln", "conv")]
+        return [layer for layer in self.quantized() if layer.role not in ("adaln", "conv", "vocab")]
 
     def convolutions(self) -> list[LayerPlan]:
         """Quantized convolutions other than those that are linears; always weight-only."""
         return [layer for layer in self.quantized() if layer.role == "conv"]
+
+    def tables(self) -> list[LayerPlan]:
+        """Quantized tables of token embeddings; always weight-only."""
+        return [layer for layer in self.quantized() if layer.role == "vocab"]
 
     def bits(self, layers: Iterable[LayerPlan]) -> float:
         """Stored bits per weight over some quantized layers; 0 when there are none."""

@@ -18,7 +18,7 @@ from dtq.io.schema import MethodSpec, check_method, check_name, plain, read
 from dtq.models import ROLES, Scan
 from dtq.pipelines.settings import SamplingSettings
 from dtq.plan import Plan
-from dtq.recipe.resolve import CONVOLUTIONS, MODULATION, resolve
+from dtq.recipe.resolve import CONVOLUTIONS, EMBEDDINGS, MODULATION, resolve
 from dtq.recipe.schema import Allocate, Promote, Rule, StepPolicySearch
 from dtq.recipe.selectors import is_role
 from dtq.solvers import SOLVERS
@@ -58,6 +58,7 @@ class Recipe:
             that fits is taken.
         modulation: a key of ``MODULATION``, or a weight format.
         convolutions: a key of ``CONVOLUTIONS``: how convolutions of blocks are stored.
+        embeddings: a key of ``EMBEDDINGS``: how tables of token embeddings are stored.
         correct_bias: whether each layer's mean error is moved into its bias.
         exclude: roles, or globs on names, that stay unquantized.
         rules: exceptions; the last match wins.
@@ -82,6 +83,7 @@ class Recipe:
     format_fallbacks: tuple[str, ...] = ("int4-2l-g32", "int8-row")
     modulation: str = "w8a16"
     convolutions: str = "keep"
+    embeddings: str = "keep"
     correct_bias: bool = True
     exclude: tuple[str, ...] = ("embed", "head")
     rules: tuple[Rule, ...] = ()
@@ -151,6 +153,7 @@ class Recipe:
         yield "attention", self.attention, ATTENTION
         yield "modulation", self.modulation, [*MODULATION, *FORMATS]
         yield "convolutions", self.convolutions, CONVOLUTIONS
+        yield "embeddings", self.embeddings, EMBEDDINGS
         lists: dict[str, tuple[tuple[str, ...], Iterable[str]]] = {
             "format_fallbacks": (self.format_fallbacks, FORMATS),
             "format_candidates": (self.format_candidates, FORMATS),
@@ -168,18 +171,19 @@ class Recipe:
             if rule.activations is not None:
                 yield f"rules[{i}].activations", rule.activations, ACTIVATION_FORMATS
 
-    def plan(self, scan: Scan, exclude: Iterable[str] = ()) -> Plan:
+    def plan(self, scan: Scan, exclude: Iterable[str] = (), tied: Iterable[str] = ()) -> Plan:
         """Resolve the recipe to the layers of a model.
 
         Args:
             scan: the model's linears.
             exclude: dotted names, prefixes, path components, globs or ``re:`` patterns that stay
                 unquantized (``modules_to_not_convert`` of diffusers).
+            tied: names of linears that share their weight with another module, and stay float.
 
         Raises:
             RecipeError: a rule, or a name in ``exclude``, matches no layer of this model.
         """
-        return resolve(self, scan, tuple(exclude))
+        return resolve(self, scan, tuple(exclude), tuple(tied))
 
     def needs(self) -> frozenset[str]:
         """The statistics that this recipe's methods read, keys of ``OBSERVERS``."""

@@ -30,6 +30,13 @@ _MODULATION_FALLBACKS = {"w8a16": ("int8-row",), "w4a16": ("int4-asym-g32", "int
 CONVOLUTIONS = {"keep": "", "w8": "int8-row"}
 """How convolutions of blocks are stored: as they are, or with one scale per output channel."""
 
+EMBEDDINGS = {"keep": "", "w8": "int8-row", "w4": "int4-2l-g32"}
+"""How tables of token embeddings are stored: as they are, or in rows that are unpacked one by one.
+Both formats are measured in docs/text_encoders.md."""
+
+EMBEDDING_FALLBACK = "int8-row"
+"""For tables whose rows the format does not divide."""
+
 KEEP = "keep"
 """In place of the recipe of text encoders: they are not quantized."""
 
@@ -64,13 +71,23 @@ def for_text_encoder(
     )
 
 
-def resolve(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> Plan:
-    """See :meth:`Recipe.plan`."""
+def resolve(
+    recipe: Recipe, scan: Scan, exclude: tuple[str, ...], tied: tuple[str, ...] = ()
+) -> Plan:
+    """See :meth:`Recipe.plan`.
+
+    Args:
+        recipe: what is asked for.
+        scan: as there.
+        exclude: as there.
+        tied: as there.
+    """
     linears = list(scan.linears())
     selectors = {f"rules[{i}].match": rule.match for i, rule in enumerate(recipe.rules)}
     # a role that this model has no layer of is no mistake in a list that serves every model
     names = [selector for selector in recipe.exclude if not is_role(selector)]
-    names = [x for x in names if not any(matches(x, conv) for conv in scan.convolutions)]
+    others = (*scan.convolutions, *scan.tables)
+    names = [x for x in names if not any(matches(x, layer) for layer in others)]
     selectors |= {f"exclude[{recipe.exclude.index(name)}]": name for name in names}
     unused = [
         f"{at}: {selector!r} matches no layer of this model"
@@ -80,8 +97,9 @@ def resolve(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> Plan:
     ]
     if unused:
         raise RecipeError(f"recipe {recipe.name}", unused)
-    layers = [_resolve_layer(recipe, linear, exclude) for linear in linears]
+    layers = [_resolve_layer(recipe, linear, (*exclude, *tied)) for linear in linears]
     layers += _convolutions(recipe, scan, exclude)
+    layers += _tables(recipe, scan, exclude)
     per_timestep = any(ACTIVATION_FORMATS[x.activation_format].per_timestep for x in layers)
     note = "never called in the traced forward"
     layers += [LayerPlan(name, "other", (0, 0), note=note) for name in scan.uncalled]
@@ -139,6 +157,30 @@ def _convolutions(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> list[
         if not any(excludes(pattern, conv.name) for pattern in exclude)
         and not any(matches(selector, conv) for selector in recipe.exclude)
     ]
+
+
+def _tables(recipe: Recipe, scan: Scan, exclude: tuple[str, ...]) -> list[LayerPlan]:
+    """The tables of token embeddings that are quantized: all but the excluded ones, or none."""
+    wanted = EMBEDDINGS[recipe.embeddings]
+    if not wanted:
+        return []
+    layers = []
+    for table in scan.tables:
+        names = (table.name, *table.tied)
+        if any(excludes(pattern, name) for pattern in exclude for name in names):
+            continue
+        if any(matches(selector, table) for selector in recipe.exclude):
+            continue
+        problem = misfit(wanted, table.shape)
+        spec = LayerSpec(EMBEDDING_FALLBACK if problem else wanted, "none")
+        # clip search gains nothing at 8 bits
+        solver = MethodSpec("rtn" if spec.weight_format == EMBEDDING_FALLBACK else "search")
+        also = f"also the weight of {', '.join(table.tied)}" if table.tied else ""
+        note = "; ".join(x for x in (problem, also) if x)
+        layers.append(
+            LayerPlan(table.name, table.role, table.shape, spec, solver=solver, note=note)
+        )
+    return layers
 
 
 def _wanted(recipe: Recipe, linear: Linear, rules: list[Rule]) -> tuple[Rule, tuple[str, ...]]:

@@ -37,7 +37,7 @@ from dtq.pipelines.recorded_sampling import RecordedSampling
 from dtq.pipelines.settings import SamplingSettings
 from dtq.plan.layers import LayerPlan, LayerSpec, Plan
 from dtq.recipe.selectors import excludes
-from dtq.stages.float_model import kept_in_float
+from dtq.stages.float_model import kept_in_float, tied_weights
 
 VAE_CHOICES = {"keep": "", "w8": "int8-row"}
 """How an autoencoder is stored: as it is, or with one scale per output channel."""
@@ -117,7 +117,7 @@ def weights_plan(model: nn.Module, name: str) -> Plan:
         model: of diffusers, float, on any device.
         name: weight format, a key of ``FORMATS`` that fits every shape.
     """
-    kept, layers = kept_in_float(model), []
+    kept, layers = (*kept_in_float(model), *tied_weights(model)), []
     for path, old in model.named_modules():
         if reads_weight(old) or any(excludes(pattern, path) for pattern in kept):
             continue

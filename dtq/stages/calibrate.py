@@ -105,8 +105,8 @@ def _without_rows(run: Run) -> dict[str, LayerPlan]:
     """Layers that no row reached, by name: a static activation scale cannot be chosen for them."""
     note = "no row reached it in calibration: quantized without data"
     changed = {}
-    convolutions = {layer.name for layer in run.plan.convolutions()}
-    for layer in (x for x in run.plan.quantized() if x.name not in convolutions):
+    without_inputs = {x.name for x in (*run.plan.convolutions(), *run.plan.tables())}
+    for layer in (x for x in run.plan.quantized() if x.name not in without_inputs):
         if run.stats(run.scan.group_of(layer.name)) is None:
             activations = ACTIVATION_FORMATS[layer.activation_format]
             name = f"int{activations.bits}-row" if activations.static else activations.name

@@ -31,10 +31,14 @@ def check_float_model(model: nn.Module, name: str) -> None:
 
 
 def kept_in_float(model: nn.Module) -> tuple[str, ...]:
-    """Layers that a library keeps in float32, or that share their weight with another module."""
-    kept = float32_modules(model, getattr(model, "dtype", torch.float32))
+    """Layers that a library keeps in float32."""
+    return tuple(sorted(float32_modules(model, getattr(model, "dtype", torch.float32))))
+
+
+def tied_weights(model: nn.Module) -> tuple[str, ...]:
+    """Names of the weights that several modules of a model share."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return tuple(sorted({*kept, *tied, *tied.values()}))
+    return tuple(sorted({*tied, *tied.values()}))
 
 
 def float32_modules(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dtq.checkpoint.config import DTQConfig
 from dtq.errors import InputError
+from dtq.models import is_text_encoder
 from dtq.pipelines.loading import LoadedModel
 from dtq.recipe import Recipe
 from dtq.recipe.resolve import BNB_NF4, KEEP, TEXT_RECIPE, for_text_encoder
@@ -31,11 +32,14 @@ class Wanted:
         text_encoder: what to do with the text encoders: ``keep``, ``bnb-nf4`` (they are converted
             after the run), or a recipe. None: the budget decides, and without one they are kept.
         budget: for all weight files of the pipeline.
+        embeddings: a key of ``EMBEDDINGS``, for the text encoders that are quantized; None: that of
+            their recipe.
     """
 
     recipe: Recipe
     text_encoder: str | Path | Recipe | None = None
     budget: PipelineBudget | None = None
+    embeddings: str | None = None
 
     @property
     def text_runs(self) -> bool:
@@ -57,7 +61,8 @@ def make_runs(
         **options: fields of :class:`Run`: ``inputs``, ``tasks``, ``exclude``, ``statistics``, ...
 
     Raises:
-        InputError: an entry of ``exclude`` matches nothing.
+        InputError: an entry of ``exclude`` matches nothing; ``embeddings`` is given, and no text
+            encoder is quantized.
     """
     recipe, budget = wanted.recipe, wanted.budget
     tasks = options.pop("tasks", None) or TaskStore()
@@ -73,16 +78,41 @@ def make_runs(
         config = DTQConfig(modules_to_not_convert=[*excluded] or None)
         return Run(model, recipe, own, **{"config": config, **options})
 
-    runs = [make(model, recipe, options) for model in models]
+    own_tables = {} if wanted.embeddings is None else {"embeddings": wanted.embeddings}
+    _check_embeddings(wanted, every)
+    runs = []
+    for model in models:  # a bare text encoder is one of them
+        changed = own_tables if is_text_encoder(model.model) else {}
+        runs.append(make(model, Recipe.load(recipe, **changed) if changed else recipe, options))
     if texts:
         shares = wanted.text_encoder is None
-        own = Recipe.load(TEXT_RECIPE if wanted.text_encoder is None else wanted.text_encoder)
+        what = TEXT_RECIPE if wanted.text_encoder is None else wanted.text_encoder
+        own = Recipe.load(what, **own_tables)
         chosen = for_text_encoder(own, recipe.calibration, shares_budget=shares)
         # inputs, statistics and targets are those of a transformer
         options = options | {"inputs": None, "statistics": None, "target": ""}
         options |= {"shares_budget": shares, "may_stay_float": shares}
         runs += [make(model, chosen, options) for model in texts]
     return runs
+
+
+def _check_embeddings(wanted: Wanted, models: Sequence[LoadedModel]) -> None:
+    """Refuse a format of the tables of text encoders where none is quantized.
+
+    Raises:
+        InputError: there is no run of a text encoder.
+    """
+    if wanted.embeddings in (None, KEEP) or any(is_text_encoder(m.model) for m in models):
+        return
+    given = f"embeddings={wanted.embeddings}"
+    kept = "none is quantized"
+    if wanted.text_encoder == BNB_NF4:
+        kept = "bitsandbytes keeps them"
+    raise InputError(
+        f"{given} is the format of tables of text encoders, and {kept}: give a recipe for the text "
+        f"encoders too, such as --text-encoder w4a16 (text_encoder=). Tables of a denoiser are a "
+        f"key of its own recipe: --set {given}"
+    )
 
 
 def _within_budget(

@@ -19,7 +19,7 @@ from dtq.pipelines import prompts, sampling
 from dtq.pipelines.loading import modules_of
 from dtq.pipelines.tracing import scan_model
 from dtq.stages.budget import fitting_budget
-from dtq.stages.float_model import check_float_model, check_forwards, kept_in_float
+from dtq.stages.float_model import check_float_model, check_forwards, kept_in_float, tied_weights
 from dtq.stages.run import Run
 
 
@@ -40,11 +40,17 @@ def plan(run: Run) -> None:
         with paged_weights(*modules_of(loaded)):
             loaded.scan = scan_model(loaded.model, _first_call(run))
     run.scan = loaded.scan
-    run.plan = recipe.plan(run.scan, (*run.exclude, *kept_in_float(loaded.model)))
+    kept = kept_in_float(loaded.model)
+    run.plan = recipe.plan(run.scan, (*run.exclude, *kept), tied_weights(loaded.model))
     if run.target and run.plan.convolutions():
         raise InputError(
             f"{run.target} holds float convolutions, and recipe {recipe.name} asks for 8-bit ones: "
             f"leave --to out, or --set convolutions=keep"
+        )
+    if run.target and run.plan.tables():
+        raise InputError(
+            f"{run.target} holds float embeddings, and recipe {recipe.name} asks for packed ones: "
+            f"leave --to out, or --set embeddings=keep"
         )
     if run.target:
         convolutions = [name for name, m in linears_of(loaded.model) if is_pointwise(m)]

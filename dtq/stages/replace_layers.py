@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dtq.models.tables import tied_modules
+from dtq.nn.embedding import QuantEmbedding, put_table
 from dtq.nn.swap import finalize
 from dtq.stages.run import Run
 from dtq.stages.solve import build_quantized
@@ -23,9 +25,15 @@ def replace_layers(run: Run) -> None:
         run.report.layers.append(result.report)
         old = run.model.get_submodule(layer.name)
         new = build_quantized(result, old, run.plan.bins, compute_dtype)
-        run.model.set_submodule(layer.name, new)
+        names = [layer.name]
+        if isinstance(new, QuantEmbedding):
+            names += tied_modules(run.model, layer.name)
         if keep_floats:
-            run.floats[layer.name] = old
+            run.floats |= {name: run.model.get_submodule(name) for name in names}
+        if isinstance(new, QuantEmbedding):
+            put_table(run.model, layer.name, new)
+        else:
+            run.model.set_submodule(layer.name, new)
     # the command line only writes the model, unless a stage runs it; then it runs as when loaded
     will_run = keep_floats or run.tasks.folder is None or bool(recipe.step_policy.precisions)
     finalize(run.model, run.edges, align=will_run)

@@ -15,9 +15,12 @@ from dtq.io.memory import Mapped, trim_malloc
 from dtq.models import InputGroup
 from dtq.models.linears import is_linear, matrix_of
 from dtq.nn.conv import QuantConv
+from dtq.nn.embedding import QuantEmbedding
 from dtq.nn.linear import QuantLinear
+from dtq.nn.weight_only import WeightOnly
 from dtq.plan.layers import LayerPlan, Plan
 from dtq.runs.tasks import Result
+from dtq.solvers import SOLVERS
 from dtq.solvers.finite import check
 from dtq.stages.layer_result import InputReport, LayerReport, LayerResult, from_result, to_result
 from dtq.stages.run import Run
@@ -29,6 +32,8 @@ from dtq.transforms import OnlineTransform
 COPIES = 8
 """Float32 matrices of a layer's size that its solver holds."""
 
+_ROUNDED_AT_ONCE = 2**22  # weights of a convolution or a table
+
 _TRIM_AFTER = 2**20  # weights; malloc walks through all that is free: not after every small layer
 
 
@@ -36,23 +41,34 @@ def solve(run: Run) -> None:
     """Quantize every layer of the plan; the float model is not changed."""
     names = {x.name for x in run.plan.quantized()}
     run.results, run.report.inputs = solve_layers(run, run.plan, names, "quantize")
-    run.results |= {layer.name: _rounded(run, layer) for layer in run.plan.convolutions()}
+    without_data = (*run.plan.convolutions(), *run.plan.tables())
+    run.results |= {layer.name: _rounded(run, layer) for layer in without_data}
 
 
 def _rounded(run: Run, layer: LayerPlan) -> LayerResult:
-    """A convolution with its weight rounded to nearest, which needs no data; a task."""
+    """A convolution or a table of embeddings, whose solver needs no data; a task.
+
+    Its rows share no parameters, so that a part of them at a time is float32.
+    """
 
     def compute() -> Result:
-        weight, fmt = matrix_of(run.model.get_submodule(layer.name)), FORMATS[layer.weight_format]
-        check(weight, layer=layer.name)
-        params = fmt.compute_qparams(weight)
-        error = float((fmt.fake_quantize(weight, params) - weight).square().sum())
+        weight = run.model.get_submodule(layer.name).weight
+        assert isinstance(weight, Tensor)
+        fmt, solver = FORMATS[layer.weight_format], SOLVERS[layer.solver.name].call
+        packed, error = [], 0.0
+        for part in weight.detach().split(max(1, _ROUNDED_AT_ONCE // layer.shape[1])):
+            rows = part.float().flatten(1)
+            check(rows, layer=layer.name)
+            rounded, params = solver(rows, fmt, None, **dict(layer.solver.knobs))
+            error += float((rounded - rows).square().sum())
+            packed.append(fmt.pack(rows, params))
+        tensors = {name: torch.cat([part[name] for part in packed]) for name in packed[0]}
         report = LayerReport(layer.name, layer.role, layer.weight_format, layer.bits(), "none")
-        transform = OnlineTransform(torch.ones(weight.shape[1], dtype=torch.bfloat16), 1)
-        result = LayerResult(layer, fmt.pack(weight, params), transform, None, report, error)
+        transform = OnlineTransform(torch.ones(layer.shape[1], dtype=torch.bfloat16), 1)
+        result = LayerResult(layer, tensors, transform, None, report, error)
         return to_result([result], InputReport(layer.name))
 
-    tensors, data = run.tasks.get_or_compute(f"convolution/{layer.name}", compute)
+    tensors, data = run.tasks.get_or_compute(f"{layer.role}/{layer.name}", compute)
     (result,), _ = from_result(tensors, data, run.plan)
     return result
 
@@ -133,8 +149,8 @@ def _cost(layers: list[LayerPlan]) -> float:
 
 def build_quantized(
     result: LayerResult, old: nn.Module, bins: int, compute_dtype: torch.dtype
-) -> QuantLinear | QuantConv:
-    """The quantized layer for the place of a float linear or convolution.
+) -> QuantLinear | WeightOnly:
+    """The quantized layer for the place of a float linear, convolution or table.
 
     Args:
         result: the solved layer.
@@ -145,7 +161,8 @@ def build_quantized(
     if is_linear(old):
         return build_quant_linear(result, old, bins, compute_dtype)
     spec, device = result.plan.spec, next(old.parameters()).device
-    new = QuantConv.in_place_of(old, spec, compute_dtype=compute_dtype, device=device)
+    kind = QuantEmbedding if isinstance(old, nn.Embedding) else QuantConv
+    new = kind.in_place_of(old, spec, compute_dtype=compute_dtype, device="meta")
     new.fill({name: tensor.to(device) for name, tensor in result.tensors.items()})
     return new
 

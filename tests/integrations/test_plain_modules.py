@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import dtq
 from dtq.errors import CheckpointError, InputError
 from dtq.nn import QuantLinear
+from dtq.nn.embedding import QuantEmbedding
 
 COARSE = {"transform": {"search": {"step": 0.25, "max_error_ratio": 1.0}}}
 
@@ -192,3 +193,39 @@ def test_a_denoiser_of_another_library(tmp_path):
     loaded = dtq.load_into(build(), dtq.save(model, tmp_path / "out"))
     with torch.no_grad():
         assert torch.equal(loaded(**inputs[0])[1], got)
+
+
+class Labelled(Denoiser):
+    """Its condition is a label, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels = nn.Embedding(1000, 64)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        c, x = self.time_embed(t[:, None]) + self.labels(label), self.embed(x)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.head(x)
+
+
+def test_a_table_of_labels_is_a_key_of_the_recipe(tmp_path):
+    torch.manual_seed(0)
+    model, inputs = Labelled().eval(), [{**c, "label": torch.tensor([3, 999])} for c in calls()]
+    with torch.no_grad():
+        want = model(**inputs[0])
+        recipe = dtq.Recipe.load("rtn-w4a8", embeddings="w4")
+        dtq.quantize(model, recipe, inputs=inputs, progress=False)
+        got = model(**inputs[0])
+    assert isinstance(model.labels, QuantEmbedding)
+    assert 0 < float((got - want).square().sum() / want.square().sum()) < 0.1
+    dtq.save(model, tmp_path / "m")
+    with torch.device("meta"):
+        empty = Labelled()
+    loaded = dtq.load_into(empty, tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs[0]), got)
+    with pytest.raises(InputError, match="set embeddings=keep"):
+        dtq.quantize(Labelled().eval(), recipe, inputs=inputs, to="torchao", progress=False)
+    with pytest.raises(InputError, match="set embeddings=w8"):
+        dtq.quantize(Labelled().eval(), "w4a8", inputs=inputs, embeddings="w8", progress=False)

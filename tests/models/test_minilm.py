@@ -56,3 +56,18 @@ def test_4_bits_have_at_most_an_eighth_of_the_error_of_quanto(case):
     assert ours[1] < 0.125 * theirs[1]
     assert max(ours[:2]) < 0.0115
     assert ours[2] >= 0.995
+
+
+@pytest.mark.parametrize(("choice", "bits", "bar"), [("w8", 8.1, 1e-4), ("w4", 4.4, 3e-3)])
+def test_the_error_of_the_table_of_embeddings_alone(case, choice, bits, bar):
+    model, inputs, evaluate = case
+    quantized = dtq.quantize(
+        copy.deepcopy(model), "w4a16", inputs=inputs[:1], progress=False, sanity_check=False,
+        embeddings=choice, exclude=[*minilm.ALL_LINEARS],
+    )  # fmt: skip
+    table = quantized.embeddings.word_embeddings
+    stored = sum(spec.nbytes for spec in table.tensor_specs().values())
+    assert 8 * stored / (table.num_embeddings * table.embedding_dim) < bits
+    tokens, sentences, spearman = evaluate(quantized)
+    assert max(tokens, sentences) <= bar
+    assert spearman >= 0.998

@@ -3,18 +3,25 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import pickle
 import shutil
 
 import pytest
 import text_encoders as texts
 import torch
 import transformers
+from accelerate import cpu_offload
+from peft import LoraConfig
+from safetensors import safe_open
 
 import dtq
 from dtq.errors import CheckpointError, InputError
+from dtq.integrations.transformers import DTQConfig
 from dtq.nn import QuantLinear
+from dtq.nn.weight_only import WeightOnly
 from dtq.pipelines.tracing import dummy_inputs, scan_model
 from dtq.recipe import Recipe
 
@@ -208,3 +215,157 @@ def test_dequantize_gives_a_float_model(bert, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     again = transformers.BertModel.from_pretrained(tmp_path)
     assert torch.equal(texts.output(again, call), got)
+
+
+TIED = {  # of the tables, what else has their weight in these configurations
+    "T5EncoderModel": {"encoder.embed_tokens": "QuantEmbedding"},
+    "UMT5EncoderModel": {"encoder.embed_tokens": "QuantEmbedding"},
+    "Gemma3ForConditionalGeneration": {"lm_head": "QuantHeadLinear"},
+    "Gemma4UnifiedForConditionalGeneration": {"lm_head": "QuantHeadLinear"},
+    "Mistral3ForConditionalGeneration": {"lm_head": "QuantHeadLinear"},
+    "SmolLM3ForCausalLM": {"lm_head": "QuantHeadLinear"},
+}
+TABLES_ALONE = {"exclude": ["attn.*", "ffn.*", "embed", "head"], "embeddings": "w8"}
+
+
+@pytest.mark.parametrize("name", sorted({*texts.CONFIGS} - {"GPT2LMHeadModel"}))
+def test_a_packed_table_round_trip(name, tmp_path):
+    texts.model(name).save_pretrained(tmp_path / "float")
+    model, call = texts.kind_of(name).from_pretrained(tmp_path / "float"), texts.inputs(name)
+    floats = dict(model.named_modules(remove_duplicate=False))
+    want = texts.output(model, call).double()
+    dtq.quantize(model, "w4a16", inputs=[call], progress=False, **TABLES_ALONE)
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, WeightOnly)}
+    tied = {n: type(m).__name__ for n, m in packed.items() if n in TIED.get(name, {})}
+    assert tied == TIED.get(name, {})
+    (table,) = {*packed} - {*tied}
+    assert all(isinstance(m, type(floats[n])) for n, m in packed.items())
+    assert packed[table].weight.dtype == torch.int8
+    assert all(m.weight is packed[table].weight for m in packed.values())
+    got = texts.output(model, call)
+    assert 0 < float((got - want).square().sum() / want.square().sum()) < 1e-3
+    model.save_pretrained(tmp_path / "a")
+    loaded, info = type(model).from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(texts.output(loaded, call), got)
+    again = dict(loaded.named_modules())
+    assert all(again[n].weight is again[table].weight for n in tied)
+    assert all(again[n].weight_scale is again[table].weight_scale for n in tied)
+    loaded.save_pretrained(tmp_path / "b")
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+@pytest.fixture(scope="module")
+def umt5(tmp_path_factory):
+    """A folder with a UMT5 whose linears and table are packed, in 4 bits."""
+    folder = tmp_path_factory.mktemp("umt5")
+    model = texts.model("UMT5EncoderModel")
+    calls = [texts.inputs("UMT5EncoderModel")]
+    dtq.quantize(model, "w4a16", inputs=calls, progress=False, embeddings="w4")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_tied_table_is_stored_and_held_once(umt5):
+    model = transformers.UMT5EncoderModel.from_pretrained(umt5)
+    config = model.config.quantization_config
+    assert config.layers["shared"] == {
+        "weight_format": "int4-2l-g32", "activation_format": "none",
+        "hadamard_block_size": 1, "pre_quant": False,
+    }  # fmt: skip
+    assert "encoder.embed_tokens" not in config.layers
+    with safe_open(umt5 / "model.safetensors", framework="pt") as file:
+        keys = {key for key in file.keys() if "shared" in key or "embed_tokens" in key}  # noqa: SIM118
+    assert keys == {"shared.weight", "shared.weight_scale", "shared.weight_scale_2"}
+    for made in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.bfloat16()):
+        assert made.encoder.embed_tokens.weight is made.shared.weight
+        assert made.encoder.embed_tokens.weight_scale_2 is made.shared.weight_scale_2
+
+
+def test_a_tied_table_is_offloaded(umt5):
+    model, call = (
+        transformers.UMT5EncoderModel.from_pretrained(umt5),
+        texts.inputs("T5EncoderModel"),
+    )
+    want = texts.output(model, call)
+    cpu_offload(model, torch.device("cpu"))
+    assert model.encoder.embed_tokens.weight.is_meta
+    assert torch.equal(texts.output(model, call), want)
+
+
+def test_a_tied_table_becomes_float_once(umt5):
+    model, call = (
+        transformers.UMT5EncoderModel.from_pretrained(umt5),
+        texts.inputs("T5EncoderModel"),
+    )
+    rows = model.encoder.embed_tokens(call["input_ids"])
+    model.dequantize()
+    assert type(model.shared) is type(model.encoder.embed_tokens) is torch.nn.Embedding
+    assert model.encoder.embed_tokens.weight is model.shared.weight
+    assert torch.equal(model.encoder.embed_tokens(call["input_ids"]), rows)
+    assert model.all_tied_weights_keys == {"encoder.embed_tokens.weight": "shared.weight"}
+    model.resize_token_embeddings(120)  # refused while the table is packed
+
+
+def test_tokens_are_not_added_to_a_packed_table(umt5):
+    model = transformers.UMT5EncoderModel.from_pretrained(umt5)
+    with pytest.raises(InputError, match="takes no new tokens"):
+        model.resize_token_embeddings(120)
+
+
+def test_a_packed_table_takes_no_adapters(umt5):
+    model = transformers.UMT5EncoderModel.from_pretrained(umt5)
+    with pytest.raises(InputError, match="tables of embeddings take no adapters"):
+        model.add_adapter(LoraConfig(r=2, target_modules=["embed_tokens"]))
+
+
+def test_a_table_is_packed_while_loading(tmp_path):
+    texts.model("UMT5EncoderModel").save_pretrained(tmp_path)
+    config = DTQConfig("rtn-w4a8", embeddings="w8")
+    model = transformers.UMT5EncoderModel.from_pretrained(tmp_path, quantization_config=config)
+    assert model.encoder.embed_tokens.weight is model.shared.weight
+    assert model.shared.weight.dtype == torch.int8
+
+
+def test_a_damaged_config_of_a_table_is_one_message(umt5, tmp_path):
+    shutil.copytree(umt5, tmp_path / "q")
+    config = tmp_path / "q" / "config.json"
+    data = json.loads(config.read_text())
+    data["quantization_config"]["layers"]["shared"]["weight_format"] = "vq-256x4"
+    config.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="'shared' cannot be packed: vq-256x4 has"):
+        transformers.UMT5EncoderModel.from_pretrained(tmp_path / "q")
+
+
+def tables(model, **keys):
+    return {x.name: x.note for x in Recipe.load("w4a16", **keys).plan(scan_model(model)).tables()}
+
+
+def test_which_tables_are_planned():
+    t5 = texts.model("T5EncoderModel")
+    assert tables(t5) == {}
+    assert tables(t5, embeddings="w8") == {"shared": "also the weight of encoder.embed_tokens"}
+    assert tables(t5, embeddings="w8", exclude=["vocab"]) == {}
+    clip = texts.model("CLIPTextModel")  # not its positions
+    assert tables(clip, embeddings="w8") == {"embeddings.token_embedding": ""}
+    small = transformers.BertModel(transformers.BertConfig(**texts.SMALL | {"vocab_size": 20}))
+    assert tables(small.eval(), embeddings="w8") == {}  # less than 2 % of the weights
+    with torch.device("meta"):
+        empty = texts.model("T5GemmaEncoderModel")
+    assert not scan_model(empty).traced
+    assert tables(empty, embeddings="w4") == {"encoder.embed_tokens": ""}
+
+
+def test_a_width_that_4_bits_do_not_fit_takes_8():
+    model = transformers.BertModel(transformers.BertConfig(**texts.SMALL | {"hidden_size": 48}))
+    plan = Recipe.load("w4a16", embeddings="w4").plan(scan_model(model.eval()))
+    (table,) = plan.tables()
+    assert table.weight_format == "int8-row"
+    assert "48" in table.note
+
+
+def test_a_weight_that_something_else_reads_is_no_table():
+    model = texts.model("T5EncoderModel")
+    model.other = torch.nn.Linear(64, 99)
+    model.other.weight = model.shared.weight
+    assert tables(model, embeddings="w8") == {}
