@@ -129,7 +129,7 @@ def measure(
         )
         layers = {n: m for n, m in quantized.named_modules() if isinstance(m, QuantLinear)}
         names = names or [*layers]
-        assert [*layers] in (names, [])
+        assert [*layers] == ([] if recipe == "none" else names)
         packed: list[Any] = [*layers.values()]
         if embeddings != "keep":
             packed.append(quantized.embeddings.word_embeddings)

@@ -150,7 +150,7 @@ checked in the same way on two tiny captions, one with padding. **{passed} of {c
 `Gemma2Model`, `GemmaPreTrainedModel` by `GemmaModel`, `PreTrainedModel` by `BertModel`. Not text encoders, and not quantized:
 {others}. Text encoders that diffusers brings itself (ChatGLM of Kolors, MultilingualCLIP, LDMBert) are not in the table.
 
-Embeddings (unless `--embeddings` asks for less bits), norms, heads and towers for images and sound stay float. The error is that of the first output (hidden states,
+Embeddings (unless `--embeddings` asks for fewer bits), norms, heads and towers for images and sound stay float. The error is that of the first output (hidden states,
 projected embeddings or logits).
 
 | class | linears | roles | w8a8 | w4a16 | w4a8 | also not quantized |

@@ -36,10 +36,10 @@ log = logging.getLogger("dtq")
 
 
 def swap_empty(model: nn.Module, plan: CheckpointSpec, compute_dtype: torch.dtype) -> None:
-    """Replace every planned linear by an uninitialized quantized one on the same device.
+    """Replace every planned module by an uninitialized quantized one on the same device.
 
     Raises:
-        CheckpointError: the plan names a module that is not a linear of this model.
+        CheckpointError: see :func:`planned_linears`.
     """
     for name, old in planned_linears(model, plan).items():
         device = next(old.parameters()).device
@@ -62,11 +62,11 @@ def swap_empty(model: nn.Module, plan: CheckpointSpec, compute_dtype: torch.dtyp
 
 
 def planned_linears(model: nn.Module, plan: CheckpointSpec) -> dict[str, nn.Module]:
-    """The linears that a plan names, by name.
+    """The linears, convolutions and tables that a plan names, by name.
 
     Raises:
-        CheckpointError: the plan names a module that is not a linear of this model, or a table that
-            cannot be packed.
+        CheckpointError: the plan names a module that is none of these, or a table that cannot be
+            packed.
     """
     linears = {}
     for name, spec in plan.layers.items():

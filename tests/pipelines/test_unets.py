@@ -137,6 +137,8 @@ def test_convolutions_in_8_bits_on_request(tmp_path):
     more = (*few, "--set", "convolutions=w8", "--exclude", "down_blocks.0.resnets.0.conv1")
     shown = run("plan", tmp_path / "float", *more)
     assert "8.0" in next(line for line in shown.splitlines() if line.startswith("convolutions"))
+    with_hessians = (*more[1:], "--recipe=w4a16", "--set", "convolutions=w8")
+    assert json.loads(run("plan", tmp_path / "float", *with_hessians, "--json"))["bytes"]
     planned = json.loads(run("plan", tmp_path / "float", *more, "--json"))
     told = run("quantize", tmp_path / "float", "-o", tmp_path / "out", *more)
     (file,) = (tmp_path / "out/unet").glob("*.safetensors")
