@@ -39,7 +39,7 @@ def compiled(compiler, level, machine, work, *, static=False):
     return program
 
 
-@pytest.fixture(scope="module", params=["-O2", "-O3"])
+@pytest.fixture(scope="module", params=["-O1", "-O3"])
 def driver(request, tmp_path_factory):
     """Compiled as the library is, and once with less optimization."""
     return compiled("g++", request.param, "x86", tmp_path_factory.mktemp("driver"))
