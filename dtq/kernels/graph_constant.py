@@ -12,7 +12,7 @@ F = TypeVar("F", bound=Callable[..., object])
 def graph_constant(function: F) -> F:
     """``torch.compiler.assume_constant_result``, without its import of ``torch._dynamo``.
 
-    That import takes 3.6 s, more than that of torch, and nothing else of ``dtq.kernels`` needs it.
+    That import takes as long as that of torch, and nothing else of ``dtq.kernels`` needs it.
 
     Args:
         function: ``torch.compile`` calls it while it traces, and puts the result into the graph.
