@@ -4,6 +4,8 @@
 # make gates  that for every bundled model; make -j2 gates for two at a time
 PYTHON ?= python3
 BIN := .venv/bin
+# pip compiles nothing (setup), so Python has to keep what it compiles: without, the import of diffusers takes three times as long
+export PYTHONDONTWRITEBYTECODE =
 READY := .venv/.ready
 
 MODEL ?= demo

@@ -8,6 +8,7 @@ the user's cache. Its ops are ``torch.ops.dtq_sim``.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import os
 import platform
@@ -66,7 +67,15 @@ def _built() -> Path:
     if target.exists():
         return target
     base.mkdir(parents=True, exist_ok=True)
-    work = base / f"sim-{os.getpid()}"
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():  # another process may have been first
+            _build(target, sources, home)
+    return target
+
+
+def _build(target: Path, sources: Path, home: Path) -> None:
+    work = target.with_suffix(f".{os.getpid()}")
     work.mkdir()
     objects = []
     for unit in nvcc.SOURCES:
@@ -80,4 +89,3 @@ def _built() -> Path:
     subprocess.run(["g++", "-shared", *objects, *link], check=True)
     os.replace(made, target)
     shutil.rmtree(work)
-    return target

@@ -22,7 +22,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent.parent
 COMMON = SOURCES.parent / "common_ext"  # included as ../common_ext
-FLAGS = ("-std=c++20", "-ffp-contract=off", "-DDTQ_SIM", "-w")
+FLAGS = ("-std=c++20", "-ffp-contract=off", "-DDTQ_SIM", "-DDTQ_FIRST_FAILURE", "-w")
 SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 

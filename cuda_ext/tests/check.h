@@ -99,7 +99,7 @@ inline uint32_t rounded_to(float f, dtq::Float type) {
 
 inline int failures = 0;
 
-// One line per case; the last line of a test is `done()`.
+// One line per case; the last line of a test is `done()`. With -DDTQ_FIRST_FAILURE the first failure ends the program.
 __attribute__((format(printf, 2, 3))) inline bool check(bool good, const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
@@ -109,6 +109,9 @@ __attribute__((format(printf, 2, 3))) inline bool check(bool good, const char* f
   std::fflush(stdout);
   va_end(arguments);
   failures += !good;
+#if defined(DTQ_FIRST_FAILURE)
+  if (failures) std::exit(1);
+#endif
   return good;
 }
 

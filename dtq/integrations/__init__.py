@@ -41,7 +41,10 @@ class Patch(NamedTuple):
 
 # fmt: off
 PATCHES = (
-    Patch("torch", "torch_compile.register", "torch 2.13.0",
+    Patch("torch", "torch_ops.declare", "torch 2.13.0",
+          "test_a_patch_is_applied_when_its_library_is_imported_after_dtq"),
+    # an import of torch does not bring this one, which takes longer
+    Patch("torch._dynamo.backends.registry", "torch_compile.register", "torch 2.13.0",
           "test_the_backend_is_inductor_with_the_compiled_ops_of_the_device"),
     Patch("diffusers.quantizers.auto", "diffusers.register", "diffusers 0.42.1",
           "test_every_way_to_load"),

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dtq.kernels.compile.cuda import CUDA, OLDEST
 from dtq.kernels.compile.nvcc import arch_of
+from dtq.kernels.graph_constant import graph_constant
 
 INT8_ONLY = os.environ.get("DTQ_CUDA_INT8") == "1"
 """Whether int8 is taken at every size."""
@@ -155,7 +156,7 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@graph_constant
 def _has_fp4(index: int) -> bool:
     """Whether a GPU has FP4 products, and the library has the machine code for them."""
     if not torch.cuda.is_available() or not CUDA.load() or CUDA.opened is None:
@@ -165,7 +166,7 @@ def _has_fp4(index: int) -> bool:
     return capability[0] == 12 and not {"sm_120f", f"sm_{arch_of(capability)}"}.isdisjoint(archs)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@graph_constant
 def _limits(index: int) -> tuple[int, float]:
     """``small_m`` and ``min_ops`` of a GPU; those of int8 at every size where it has no kernels."""
     # the torch reference decodes slowly

@@ -18,6 +18,7 @@ import torch
 
 from dtq.kernels import gpu_dispatch
 from dtq.kernels.compile.cuda import OLDEST
+from dtq.kernels.graph_constant import graph_constant
 
 PATTERNS = ("norm", "gelu", "gate")
 """LayerNorm, modulation and quantization; a GEMM and GELU; a GEMM, gate and residual."""
@@ -75,7 +76,7 @@ def is_fused(pattern: str, x: torch.Tensor) -> bool:
     return not gpu_dispatch.on_gpu(x) or _is_faster(pattern, x.device.index or 0)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@graph_constant
 def _is_faster(pattern: str, index: int) -> bool:
     if not torch.cuda.is_available():
         return False

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dtq.kernels.float_gemm import FLOAT_PRODUCT, FP4, REFERENCE, WEIGHT_ONLY
+from dtq.kernels.graph_constant import graph_constant
 from dtq.kernels.int8_gemm import (
     INTEGER_GROUPS,
     W3A8,
@@ -49,7 +50,7 @@ def pick(problem: LinearProblem) -> Kernel:
     return next(kernel for kernel in KERNELS if kernel.unsupported_reason(problem) is None)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@graph_constant
 def compiled(device: str) -> bool:
     """Whether there are compiled kernels for a device; the first call for a device loads them."""
     return device in LIBRARIES and LIBRARIES[device].load()

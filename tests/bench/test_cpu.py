@@ -123,8 +123,13 @@ def test_compiled_steps_compute_the_same(monkeypatch):
     if not bench._inductor_compiles():
         pytest.skip("needs a C++ compiler")
     monkeypatch.setattr(bench.openvino, "MODES", {})
+    both, names = bench._eager_and_compiled, ("w8a8 attention", "bf16")
+    monkeypatch.setattr(  # each compilation takes 8 s
+        bench, "_eager_and_compiled",
+        lambda name, *given, **options: both(name, *given, **options) if name in names else [],
+    )  # fmt: skip
     rows = of(bench.compare_models(small("dit", blocks=1), 2))
-    for name in ("w8a8", "w4a8", "w4a8 attention", "bf16"):
+    for name in names:
         assert rows[f"{name} compiled"].error < ERRORS[name], rows
 
 

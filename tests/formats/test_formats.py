@@ -61,6 +61,12 @@ def matrices() -> dict[str, torch.Tensor]:
 
 
 @cache
+def fitted(name: str, kind: str) -> dict[str, torch.Tensor]:
+    """The parameters of a format for one of the matrices; codebooks take long to learn."""
+    return FORMATS[name].compute_qparams(matrices()[kind])
+
+
+@cache
 def draw(kind: str) -> torch.Tensor:
     return page.draw(kind)
 
@@ -78,8 +84,7 @@ def refused(fmt, shape) -> str:
     return ""
 
 
-def check_laws(fmt, x):
-    params = fmt.compute_qparams(x)
+def check_laws(fmt, x, params):
     w_q = fmt.fake_quantize(x, params)
     tensors = fmt.pack(x, params)
     assert torch.isfinite(w_q).all()
@@ -115,15 +120,15 @@ def test_tensors_that_no_matrix_packs_to_are_unsupported(name, tensor, wrong, re
 @ALL
 def test_chunks_of_rows_are_quantized_like_the_whole(fmt, monkeypatch):
     monkeypatch.setattr(base, "_CHUNK", 1000)
-    for x in matrices().values():
-        params = fmt.compute_qparams(x)
+    for kind, x in matrices().items():
+        params = fitted(fmt.name, kind)
         assert torch.equal(fake_quantize_weight(fmt, x, params), fmt.fake_quantize(x, params))
 
 
 @ALL
 @pytest.mark.parametrize("kind", matrices())
 def test_laws(fmt, kind):
-    w_q = check_laws(fmt, matrices()[kind])
+    w_q = check_laws(fmt, matrices()[kind], fitted(fmt.name, kind))
     if kind == "zero":
         assert (w_q == 0).all()
     if kind == "half zero" and fmt.name not in NO_ZERO:
@@ -139,7 +144,7 @@ def test_laws_at_awkward_shapes(fmt, columns):
         assert columns != 1152 or fmt.group == 256
         assert re.search(r"Use int\d-row", refusal)
         return
-    check_laws(fmt, x)
+    check_laws(fmt, x, fmt.compute_qparams(x))
 
 
 @ALL
@@ -171,8 +176,7 @@ def test_zero_is_exact_and_error_is_small(fmt):
 
 @ALL
 def test_a_slice_of_columns_is_quantized_like_the_whole(fmt):
-    x = matrices()["outliers"]
-    params = fmt.compute_qparams(x)
+    x, params = matrices()["outliers"], fitted(fmt.name, "outliers")
     for cols in (slice(128, 256), slice(0, fmt.vector), slice(766 // fmt.vector * fmt.vector, 768)):
         assert torch.equal(
             fmt.fake_quantize(x[:, cols], params, cols), fmt.fake_quantize(x, params)[:, cols]
@@ -181,8 +185,7 @@ def test_a_slice_of_columns_is_quantized_like_the_whole(fmt):
 
 @ALL
 def test_qparams_of_one_group_inside_the_outer_parameters_equal_those_of_all(fmt):
-    x = matrices()["outliers"]
-    whole = fmt.compute_qparams(x)
+    x, whole = matrices()["outliers"], fitted(fmt.name, "outliers")
     group = fmt.group or x.shape[1]
     first = fmt.compute_qparams(x[:, :group], outer=whole)
     for key, value in first.items():
@@ -191,8 +194,7 @@ def test_qparams_of_one_group_inside_the_outer_parameters_equal_those_of_all(fmt
 
 @ALL
 def test_unpack_has_gradients_in_its_float_tensors(fmt):
-    x = matrices()["normal"]
-    tensors = fmt.pack(x, fmt.compute_qparams(x))
+    tensors = fmt.pack(matrices()["normal"], fitted(fmt.name, "normal"))
     wide = {
         k: t.float().requires_grad_() if t.is_floating_point() else t for k, t in tensors.items()
     }

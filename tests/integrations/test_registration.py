@@ -17,9 +17,13 @@ ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent.parent
 
 PATCHED = {
+    "torch_ops.declare": (
+        "import torch",
+        "torch.ops.dtq.quantize_rows",
+    ),
     "torch_compile.register": (
         "import torch",
-        "torch.compile(torch.nn.Linear(2, 2), backend='dtq'); torch.ops.dtq.quantize_rows",
+        "torch.compile(torch.nn.Linear(2, 2), backend='dtq')",
     ),
     "diffusers.register": (
         "from diffusers import DiffusionPipeline",
@@ -72,8 +76,12 @@ def run(script: str, *arguments: str) -> str:
 
 
 def test_a_patch_is_applied_when_its_library_is_imported_after_dtq():
-    """One library after the other: each import brings its patch."""
-    run("\n".join(["import dtq", *(f"{library}\n{check}" for library, check in PATCHED.values())]))
+    """One library after the other: each import brings its patch, and torch not its slow compiler."""
+    slow = (
+        "import dtq, torch, sys\ntorch.ops.dtq.quantize_rows\nfrom dtq.kernels import CPU\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    run("\n".join([slow, *(f"{library}\n{check}" for library, check in PATCHED.values())]))
 
 
 def test_every_patch_is_applied_when_the_libraries_are_imported_before_dtq():

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -435,30 +437,80 @@ def test_one_layer_compiled_by_torch(library):
 
 # -------------------------------------------------------------------------------- building
 
-# the folder as a package without its __init__: importing diffusers takes most of the time
-RUN = f"""
-    import sys, types
-    sys.modules["dtq"] = types.ModuleType("dtq")
-    sys.modules["dtq"].__path__ = [{str(ROOT / "dtq")!r}]
+# a process that has imported the kernels and loaded none: each line of its input is a fork with other variables
+FORKS = """
+    import json, os, sys
+    import dtq.cli
     import torch
-    from dtq.kernels import CPU
+    from dtq.kernels import CPU, LIBRARIES
     from dtq.kernels.compile import cpu
-    x = torch.arange(6.0).reshape(2, 3)
-    codes, _ = torch.ops.dtq.quantize_rows(x, None, 1, None)  # the first use
-    assert codes.tolist() == [[0, 64, 127], [76, 102, 127]], codes
-    print(cpu.isa(), "|", CPU.describe())
+    assert not any(library.tried for library in LIBRARIES.values())
+    print("imported", flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if child:
+            print(child, flush=True)
+            continue
+        os.environ.update(job["variables"])
+        for number, path in job["files"].items():
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), int(number))
+        x = torch.arange(6.0).reshape(2, 3)
+        codes, _ = torch.ops.dtq.quantize_rows(x, None, 1, None)  # the first use
+        assert codes.tolist() == [[0, 64, 127], [76, 102, 127]], codes
+        print(cpu.isa(), "|", CPU.describe(), flush=True)
+        print("ended", file=sys.stderr, flush=True)
+        os._exit(0)
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            break
 """
 
 
-def fresh(tmp_path, **variables):
-    """A new process with a cache of its own."""
-    home = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    env = {k: v for k, v in os.environ.items() if not k.startswith("DTQ_")} | home | variables
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(RUN)], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip(), done.stderr
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("imported")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("DTQ_")}
+    server = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(FORKS)], text=True,
+        env=env | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert server.stdout.readline() == "imported\n"
+    yield server, cache
+    server.communicate()
+    assert server.returncode == 0
+
+
+def start(forks, tmp_path, **variables):
+    """A process with a cache of its own, and the files of its outputs."""
+    server, _ = forks
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    folder.mkdir()
+    files = {number: folder / number for number in ("1", "2")}
+    home = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    job = {"variables": home | variables, "files": {k: str(f) for k, f in files.items()}}
+    print(json.dumps(job), file=server.stdin, flush=True)
+    assert int(server.stdout.readline())
+    return list(files.values())
+
+
+def outputs(files):
+    """What a process printed, when it has ended."""
+    out, err = files
+    end = time.monotonic() + 300
+    while not (err.exists() and err.read_text().endswith("ended\n")):
+        assert "Traceback" not in (err.read_text() if err.exists() else ""), err.read_text()
+        assert time.monotonic() < end, "it does not end"
+        time.sleep(0.02)
+    return out.read_text().strip(), err.read_text()
+
+
+def fresh(forks, tmp_path, **variables):
+    """The outputs of a new process."""
+    return outputs(start(forks, tmp_path, **variables))
 
 
 def compiler(tmp_path, body):
@@ -476,62 +528,52 @@ def not_built_ahead(request):
         pytest.skip("built ahead: nothing is compiled")
 
 
-def test_the_reference_runs_without_a_compiler(tmp_path):
-    output, warnings = fresh(tmp_path, CXX="no-such-compiler")
+def test_the_reference_runs_without_a_compiler(forks, tmp_path):
+    output, warnings = fresh(forks, tmp_path, CXX="no-such-compiler")
     assert output == "None | torch reference: no C++ compiler (CXX=no-such-compiler)"
     assert warnings.count("the torch reference runs on the CPU: no C++ compiler") == 1
 
 
-def test_the_reference_runs_when_the_compiler_fails(tmp_path):
+def test_the_reference_runs_when_the_compiler_fails(forks, tmp_path):
     broken = compiler(tmp_path, "echo 'ops.cpp:1: error: it hurts' >&2; exit 1")
-    output, warnings = fresh(tmp_path, CXX=broken)
+    output, warnings = fresh(forks, tmp_path, CXX=broken)
     assert output.endswith("fake-cxx failed: ops.cpp:1: error: it hurts")
     assert warnings.count("it hurts") == 1
     assert not list((tmp_path / "cache").rglob("*.so"))  # nothing incomplete stays
 
 
-def test_a_broken_library_is_refused(tmp_path):
-    output, _ = fresh(tmp_path, CXX=compiler(tmp_path, "for f; do :; done; echo junk > $f"))
+def test_a_broken_library_is_refused(forks, tmp_path):
+    output, _ = fresh(forks, tmp_path, CXX=compiler(tmp_path, "for f; do :; done; echo junk > $f"))
     assert output.startswith("None | torch reference: ")
 
 
-def test_it_can_be_switched_off(tmp_path):
-    output, warnings = fresh(tmp_path, DTQ_KERNELS="0")
+def test_it_can_be_switched_off(forks, tmp_path):
+    output, warnings = fresh(forks, tmp_path, DTQ_KERNELS="0")
     assert output == "None | torch reference: DTQ_KERNELS=0"
     assert "dtq:" not in warnings
 
 
-def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
+def test_a_cache_that_cannot_be_written_is_reported(forks, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    output, _ = fresh(tmp_path)
+    output, _ = fresh(forks, tmp_path)
     assert "torch reference: " in output
 
 
-def test_an_import_compiles_nothing(tmp_path):
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    code = "import dtq, dtq.cli; from dtq.kernels import LIBRARIES; assert not any(x.tried for x in LIBRARIES.values())"
-    subprocess.run([sys.executable, "-c", code], env=env, check=True)
-    assert not list(tmp_path.iterdir())
+def test_an_import_compiles_nothing(forks):
+    _, cache = forks
+    assert not list(cache.iterdir())
 
 
 @pytest.mark.slow
-def test_two_processes_compile_once(library, tmp_path):
+def test_two_processes_compile_once(forks, library, tmp_path):
     counting = compiler(tmp_path, 'exec g++ "$@" -O0')  # the last -O counts
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", textwrap.dedent(RUN)]
-    running = [
-        subprocess.Popen(
-            command, env=env | {"CXX": counting, "DTQ_CPU_ISA": "ref"}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate() for process in running]
-    assert all(out.startswith("ref | ref kernels, cached") for out, _ in outputs), outputs
-    assert sum(err.count("compiling CPU kernels, once") for _, err in outputs) == 1
+    running = [start(forks, tmp_path, CXX=counting, DTQ_CPU_ISA="ref") for _ in range(2)]
+    printed = [outputs(files) for files in running]
+    assert all(out.startswith("ref | ref kernels, cached") for out, _ in printed), printed
+    assert sum(err.count("compiling CPU kernels, once") for _, err in printed) == 1
     units = (tmp_path / "calls").read_text().count("called")
     assert units <= len(gcc.UNITS) + 1
-    _, err = fresh(tmp_path, CXX=counting)
+    _, err = fresh(forks, tmp_path, CXX=counting)
     assert "compiling" not in err
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,11 @@ def int8(*shape, seed=0):
 
 def stored(name, n, k, seed=0):
     """The packed tensors of a random matrix whose rows differ in scale."""
+    return {key: tensor.clone() for key, tensor in _stored(name, n, k, seed).items()}
+
+
+@functools.cache
+def _stored(name, n, k, seed):  # codebooks take long to learn
     fmt = FORMATS[name]
     w = random(n, k, seed=seed) * torch.logspace(-2, 1, n).unsqueeze(1)
     return fmt.pack(w, fmt.compute_qparams(w))

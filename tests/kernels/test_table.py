@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from dtq.formats import FORMATS
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.kernels import KERNELS, LinearProblem, explain, pick
+from dtq.kernels.graph_constant import graph_constant
 from dtq.linalg.hadamard import fwht
 
 ops = torch.ops.dtq
@@ -236,3 +237,15 @@ def test_a_device_gives_the_numbers_of_the_cpu(device):
         if pick(problem).name in ("w8a8", "w4a8-two-level"):
             assert torch.equal(got, want), fmt.name
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_constant_of_a_graph_is_marked_as_torch_marks_it():
+    def ours():
+        return 1
+
+    def theirs():
+        return 1
+
+    assert graph_constant(ours) is ours
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}

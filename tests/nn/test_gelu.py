@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import tiny
@@ -15,6 +16,15 @@ from torch import nn
 import dtq
 from dtq.kernels import gpu_fusion
 from dtq.nn.gelu import FastGELU, FastProjectedGELU, use_fast_gelu
+
+
+@functools.cache
+def _quantized(name: str) -> nn.Module:
+    return dtq.quantize(tiny.TRANSFORMERS[name](), "w8a8", progress=False, transform="none")
+
+
+def quantized(name: str) -> nn.Module:
+    return copy.deepcopy(_quantized(name))
 
 
 class Model(nn.Module):
@@ -132,10 +142,10 @@ def hooked(linear):
     linear.register_forward_hook(lambda module, args, y: y + 1)
 
 
-@pytest.mark.parametrize("change", [patched_forward, patched_class, hooked])
 @pytest.mark.parametrize("name", tiny.TRANSFORMERS)
+@pytest.mark.parametrize("change", [patched_forward, patched_class, hooked])
 def test_whatever_stands_at_forward_is_called(name, change):
-    model = dtq.quantize(tiny.TRANSFORMERS[name](), "w8a8", progress=False, transform="none")
+    model = quantized(name)
     for module in [m for m in model.modules() if isinstance(m, FastProjectedGELU)]:
         x = torch.randn(2, 3, module.proj.in_features)
         with torch.no_grad():
@@ -147,7 +157,7 @@ def test_whatever_stands_at_forward_is_called(name, change):
 
 
 def test_hooks_of_all_modules_are_called():
-    model = dtq.quantize(tiny.dit(), "w8a8", progress=False, transform="none")
+    model = quantized("dit")
     module = next(m for m in model.modules() if isinstance(m, FastProjectedGELU))
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, x, y: seen.append(m))
@@ -158,7 +168,7 @@ def test_hooks_of_all_modules_are_called():
 
 
 def test_a_forward_that_is_put_back_is_fused_again():
-    model = dtq.quantize(tiny.dit(), "w8a8", progress=False, transform="none")
+    model = quantized("dit")
     module = next(m for m in model.modules() if isinstance(m, FastProjectedGELU))
     x = torch.randn(2, module.proj.in_features)
     with torch.no_grad():
@@ -168,7 +178,7 @@ def test_a_forward_that_is_put_back_is_fused_again():
 
 
 def test_it_is_a_separate_op_after_a_linear_with_an_adapter():
-    model = dtq.quantize(tiny.sd3(), "w8a8", progress=False, transform="none")
+    model = quantized("sd3")
     from peft import LoraConfig
 
     model.add_adapter(LoraConfig(r=2, target_modules=["net.0.proj"], init_lora_weights=False))
@@ -179,7 +189,7 @@ def test_it_is_a_separate_op_after_a_linear_with_an_adapter():
 
 
 def test_it_compiles_with_its_linear():
-    model = dtq.quantize(tiny.dit(), "w8a8", progress=False, transform="none")
+    model = quantized("dit")
     (module, *_) = [m for m in model.modules() if isinstance(m, FastProjectedGELU)]
     x = torch.randn(2, 5, module.proj.in_features)
     torch._dynamo.reset()
