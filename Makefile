@@ -19,6 +19,8 @@ POLICY.demo-text-4step = bundled-text
 WITH_VBENCH = $(and $(VBENCH),$(filter demo-video,$(MODEL)))
 POLICY ?= $(POLICY.$(MODEL))$(if $(WITH_VBENCH),-vbench)
 RUN := .demo/gate-$(MODEL)
+# images of containers often set it: each process would compile torch and diffusers again, for 8 seconds
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo gate gates baseline test units engines check bench kernels gpu gpu-checks gpu-targets gpu-sanitizer results vbench-env flickering-env clean
 
