@@ -109,6 +109,8 @@ ORDERS = {
         "sys.modules['peft'] = None  # importing it fails from here on\n"
         "import dtq, diffusers\nfrom diffusers import FluxTransformer2DModel, FluxControlNetModel\n"
         "assert [p.module for p in dtq.integrations._hook.pending] == ['peft']\n"
+        "import tiny; dtq.quantize(tiny.flux(), 'w4a16', progress=False)\n"
+        "assert 'dtq.integrations.peft' not in sys.modules\n"
     ),
 }
 
