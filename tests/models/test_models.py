@@ -264,7 +264,8 @@ def annotated(argument: str) -> set[str]:
     """Classes of models that the pipelines of diffusers take for an argument, by annotation."""
     found = set()
     for file in Path(diffusers.pipelines.__path__[0]).rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        classes = (x for x in ast.parse(file.read_text()).body if isinstance(x, ast.ClassDef))
+        for node in (part for kind in classes for part in kind.body):
             if isinstance(node, ast.FunctionDef) and node.name == "__init__":
                 for each in (*node.args.args, *node.args.kwonlyargs):
                     if each.arg in argument.split() and each.annotation is not None:
