@@ -21,9 +21,10 @@ from dtq.pipelines.tracing import dummy_inputs
 
 peft = pytest.importorskip("peft")
 
+ROUNDED = {"transform": "smooth-hadamard", "solver": "rtn"}
 RECIPES = {
-    "w4a8": {},
-    "w4a8-hq": {"finetune": "none"},  # has a low-rank branch already
+    "w4a8": ROUNDED,
+    "w4a8-hq": {"finetune": "none", **ROUNDED},  # has a low-rank branch already
     "w4a16": {},
 }
 LORA = {"sd3", "flux", "wan"}  # classes with load_lora_adapter in diffusers

@@ -35,14 +35,11 @@ BARS = {"w4a8": 0.02, "w4a16": 0.2, "nvfp4": 0.2}
 # thirty ResNets in a row: 8-bit weights alone have an error of 2e-4, and 4 bits 16^2 times that
 DEEP = {"Kandinsky3UNet": 2.0}
 QUICK = {"calibration": {"samples": 2, "batch_size": 1, "steps": 4, "num_timestep_bins": 2}}
-# searches of transforms and clips read statistics and weights, no class; what reads the class stays, such
-# as the comparison of the whole model with its candidate
+# solvers and searches of transforms read statistics and weights, no class; what reads the class stays, such
+# as the comparison of the whole model with a candidate of w4a8
 ROUNDED = {"solver": "rtn", "transform": "none"}
-HASTY = {
-    "w4a8": {"transform": "smooth", "solver": {"gptq": {"clip": False}}},
-    "w4a16": ROUNDED,
-    "nvfp4": ROUNDED,
-}
+# U-Nets are so deep that rounding to nearest adds up
+COMPENSATED = {"solver": {"gptq": {"clip": False}}, "transform": "smooth"}
 
 
 @pytest.mark.parametrize(("recipe", "name"), ROUND_TRIPS)
@@ -51,7 +48,8 @@ def test_round_trip(name, recipe, tmp_path):
     with torch.no_grad():
         want = first_tensor(model(**zoo.inputs(name))).double()
     calls = [zoo.inputs(name, seed) for seed in range(2)]
-    dtq.quantize(model, recipe, inputs=calls, progress=False, **QUICK, **HASTY[recipe])
+    hasty = COMPENSATED if recipe == "w4a8" and "UNet" in name else ROUNDED
+    dtq.quantize(model, recipe, inputs=calls, progress=False, **QUICK, **hasty)
     assert any(isinstance(m, QuantLinear) for m in model.modules())
     with torch.no_grad():
         got = first_tensor(model(**zoo.inputs(name)))
