@@ -19,6 +19,7 @@ import pytest
 import tiny
 import torch
 from accelerate.utils import recursively_apply
+from conftest import QUICK
 from diffusers import DDIMScheduler, FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
@@ -228,7 +229,7 @@ MORE = {
 @cache
 def _pair(name: str) -> tuple[nn.Module, nn.Module]:
     model = tiny.TRANSFORMERS[name]()
-    options = {"progress": False, "sanity_check": False, "transform": "none"}
+    options = {"progress": False, "sanity_check": False, "transform": "none", **QUICK}
     return model, dtq.quantize(copy.deepcopy(model), "w8a8", **options)
 
 

@@ -85,7 +85,7 @@ def test_a_recipe_quantizes_saves_loads_and_samples(name, tmp_path, few_vectors)
         writer.save_into(opened.pipeline, side, "10GB")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     reader.verify(tmp_path / "out")
-    before, after = (tiny.sample(p, steps=2) for p in (opened.pipeline, loaded))
+    before, after = (tiny.sample(p, steps=1) for p in (opened.pipeline, loaded))
     assert torch.isfinite(after).all()
     assert torch.equal(before, after)
 
