@@ -71,7 +71,17 @@ def log_ranges(weights: Sequence[Tensor], stats: InputStats, reduce: str) -> tup
 
 
 def smoothing_vector(log_a: Tensor, log_w: Tensor, alpha: float, beta: float | None) -> Tensor:
-    """The vector of :func:`smoothing` of logarithms of ranges (K,), float32 (K,)."""
+    """The vector of :func:`smoothing` from logarithms of ranges.
+
+    Args:
+        log_a: of the input's amax, float32 (K,).
+        log_w: of the weight's amax, float32 (K,).
+        alpha: exponent of the activation's amax.
+        beta: exponent of the weight's amax; None: ``1 - alpha``.
+
+    Returns:
+        float32 (K,).
+    """
     log = alpha * log_a - (1 - alpha if beta is None else beta) * log_w
     s: Tensor = (log - log.mean()).exp().clamp(1e-3, 1e3)
     return s
