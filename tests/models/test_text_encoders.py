@@ -28,8 +28,8 @@ from dtq.recipe import Recipe
 RECIPES = ("w8a8", "w4a16", "w4a8")
 # relative squared error of the first output; random weights of width 64
 BARS = {"w8a8": 0.003, "w4a16": 0.1, "w4a8": 0.1}
-# solvers and searches of transforms read statistics and weights, no class
-HASTY = {"transform": "smooth", "solver": "rtn"}
+# searches of transforms and clips read statistics and weights, no class
+HASTY = {"transform": "smooth", "solver": {"gptq": {"clip": False}}}
 COARSE = {"transform": {"search": {"step": 0.25, "max_error_ratio": 1.0}}}
 
 
