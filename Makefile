@@ -4,8 +4,6 @@
 # make gates  that for every bundled model; make -j2 gates for two at a time
 PYTHON ?= python3
 BIN := .venv/bin
-# pip compiles nothing (setup), so Python has to keep what it compiles: without, the import of diffusers takes three times as long
-export PYTHONDONTWRITEBYTECODE =
 READY := .venv/.ready
 
 MODEL ?= demo
@@ -21,6 +19,9 @@ POLICY.demo-text-4step = bundled-text
 WITH_VBENCH = $(and $(VBENCH),$(filter demo-video,$(MODEL)))
 POLICY ?= $(POLICY.$(MODEL))$(if $(WITH_VBENCH),-vbench)
 RUN := .demo/gate-$(MODEL)
+# pip compiles nothing (setup), and images of containers often set this: each process would compile torch and
+# diffusers again, for 8 seconds
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo gate gates baseline test units engines check bench kernels gpu gpu-checks gpu-targets gpu-sanitizer results vbench-env flickering-env clean
 

@@ -161,7 +161,8 @@ HEAD = """# Models
 
 The table has every transformer class in `diffusers.models.transformers` of diffusers {version}: {count} classes, each as a tiny
 random model. Each model is scanned, quantized with three recipes on two random inputs, saved, loaded and run.
-`python scripts/models.py` writes this page, and the tests repeat these checks on every commit. **{passed} of {count} classes pass
+`python scripts/models.py` writes this page. The tests repeat these checks on every commit, with `w4a8` and one of the other
+recipes in turn, rounded to nearest and without input transforms. **{passed} of {count} classes pass
 with all three recipes**, and their outputs are bit-identical after loading.
 
 - **family**: the classes for which dtq generates random inputs when it is given a bare transformer. The others need

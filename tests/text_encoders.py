@@ -11,6 +11,7 @@ import ast
 import copy
 import functools
 import importlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -161,13 +162,15 @@ def named_by_pipelines() -> frozenset[str]:
     names = set()
     for file in Path(diffusers.pipelines.__path__[0]).rglob("pipeline_*.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
+        blocks = (x.body for x in tree.body if isinstance(x, ast.If | ast.Try))
         imported = {
             alias.asname or alias.name: (node.module, alias.name)
-            for node in ast.walk(tree)
+            for node in (*tree.body, *itertools.chain(*blocks))
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers")
             for alias in node.names
         }
-        for function in ast.walk(tree):
+        classes = (x for x in tree.body if isinstance(x, ast.ClassDef))
+        for function in (part for kind in classes for part in kind.body):
             if isinstance(function, ast.FunctionDef) and function.name == "__init__":
                 for argument in (*function.args.args, *function.args.kwonlyargs):
                     hints = ast.walk(argument.annotation) if argument.annotation else ()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -79,6 +81,11 @@ def signs(columns: int, seed: int) -> Tensor:
 
     Column j takes the top bit of the j-th output of splitmix64 (Steele et al., 2014).
     """
+    return torch.tensor(_signs(columns, seed))
+
+
+@functools.lru_cache(maxsize=64)  # a search asks for the same ones with every candidate
+def _signs(columns: int, seed: int) -> tuple[float, ...]:
     state = (seed * 0x9E3779B97F4A7C15 + 1) & _MASK
     values = []
     for _ in range(columns):
@@ -87,7 +94,7 @@ def signs(columns: int, seed: int) -> Tensor:
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
         values.append(1.0 if (z ^ (z >> 31)) >> 63 else -1.0)
-    return torch.tensor(values)
+    return tuple(values)
 
 
 def regular_signs(block: int) -> Tensor:

@@ -16,10 +16,12 @@ from dtq.formats.activations import ActivationFormat
 from dtq.linalg.hadamard import block_for
 from dtq.transforms.choice import TransformChoice, online_transform
 from dtq.transforms.objective import OutputErrorObjective
-from dtq.transforms.smoothing import column_amax, smoothing
+from dtq.transforms.smoothing import column_amax, log_ranges, smoothing_vector
 
 GridPoint = tuple[float, float | None, str]
 """alpha, beta (None: 1 - alpha) and reduction of a smoothing vector."""
+
+_REDUCTIONS = ("max", "mean")
 
 
 def search(
@@ -94,9 +96,9 @@ class _Candidates:
         seed: int,
         divisor: bool,
     ) -> None:
-        self.weights, self.stats, self.objective, self.seed = weights, stats, objective, seed
-        self.divisor = divisor
-        self.amax = [column_amax(weights).unsqueeze(0)]  # all that smoothing reads of the weights
+        self.weights, self.objective, self.seed, self.divisor = weights, objective, seed, divisor
+        amax = [column_amax(weights).unsqueeze(0)]  # all that smoothing reads of the weights
+        self.ranges = {reduce: log_ranges(amax, stats, reduce) for reduce in _REDUCTIONS}
         self.best: dict[str, tuple[float, TransformChoice]] = {}
         self.cache: dict[tuple[int, bytes], float] = {}  # the corners of the grid coincide
 
@@ -114,7 +116,7 @@ class _Candidates:
     def smooth(self, kind: str, block: int, point: GridPoint) -> float:
         """The output error with smoothing."""
         alpha, beta, reduce = point
-        s = smoothing(self.amax, self.stats, alpha=alpha, beta=beta, reduce=reduce)
+        s = smoothing_vector(*self.ranges[reduce], alpha, beta)
         rotation = f" + hadamard {block}" if block > 1 else ""
         power = "" if beta is None else f", beta {beta:g}"
         return self.add(kind, s, block, f"smooth({alpha:.2f}{power}, {reduce}){rotation}")
@@ -130,7 +132,7 @@ class _Candidates:
 
 def _grid(step: float) -> Iterator[GridPoint]:
     count = round(1.0 / step) + 1
-    for i, beta, reduce in product(range(count), (None, 0.0), ("max", "mean")):
+    for i, beta, reduce in product(range(count), (None, 0.0), _REDUCTIONS):
         yield i * step, beta, reduce
 
 

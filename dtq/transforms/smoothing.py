@@ -60,8 +60,28 @@ def smoothing(
     Returns:
         float32 (K,), the input is divided by it; geometric mean 1, within [1e-3, 1e3].
     """
+    return smoothing_vector(*log_ranges(weights, stats, reduce), alpha, beta)
+
+
+def log_ranges(weights: Sequence[Tensor], stats: InputStats, reduce: str) -> tuple[Tensor, Tensor]:
+    """Logarithms of ``a_j`` and ``w_j`` in :func:`smoothing`, float32 (K,) each."""
     w = column_amax(weights).clamp(min=1e-5)
     a = REDUCTIONS[reduce](stats.channels.amax().to(w), w).clamp(min=1e-5)
-    log = alpha * a.log() - (1 - alpha if beta is None else beta) * w.log()
+    return a.log(), w.log()
+
+
+def smoothing_vector(log_a: Tensor, log_w: Tensor, alpha: float, beta: float | None) -> Tensor:
+    """The vector of :func:`smoothing` from logarithms of ranges.
+
+    Args:
+        log_a: of the input's amax, float32 (K,).
+        log_w: of the weight's amax, float32 (K,).
+        alpha: exponent of the activation's amax.
+        beta: exponent of the weight's amax; None: ``1 - alpha``.
+
+    Returns:
+        float32 (K,).
+    """
+    log = alpha * log_a - (1 - alpha if beta is None else beta) * log_w
     s: Tensor = (log - log.mean()).exp().clamp(1e-3, 1e3)
     return s

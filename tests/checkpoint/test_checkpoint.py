@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from builders import planned
+from builders import EVERYTHING, collected, planned
 from conftest import hasty
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from safetensors import SafetensorError
@@ -23,7 +23,7 @@ from dtq.checkpoint import reader, writer
 from dtq.checkpoint.file_size import file_bytes
 from dtq.errors import CheckpointError, InputError
 from dtq.io.package_data import yaml_names
-from dtq.pipelines.loading import LoadedModel, meta_models
+from dtq.pipelines.loading import LoadedModel, load_transformer, meta_models
 from dtq.stages.file_tensors import file_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -85,10 +85,16 @@ def test_two_processes_make_the_same_pictures(quantized_folder, tmp_path):
     assert torch.equal(here, torch.load(target))
 
 
+@pytest.fixture(scope="module")
+def statistics(float_folder):
+    """Of the float transformer, for every recipe."""
+    return collected(load_transformer(str(float_folder)), hasty("w4a8"), EVERYTHING)
+
+
 # float32 and every method as it is: tests/recipe/test_published_methods.py
 @pytest.mark.parametrize("recipe", yaml_names("recipes"))
 def test_the_file_has_the_bytes_of_the_plan_and_the_samples_of_the_model(
-    recipe, float_folder, tmp_path, few_vectors
+    recipe, float_folder, statistics, tmp_path, few_vectors
 ):
     bfloat16 = torch.bfloat16
     ((model, _),) = meta_models(str(float_folder)).values()
@@ -97,7 +103,7 @@ def test_the_file_has_the_bytes_of_the_plan_and_the_samples_of_the_model(
     chosen = hasty(recipe, promote={"to": ""}, allocate={"budget": ""}, **quick)
     plan = planned(LoadedModel("x", None, "transformer", model), chosen).plan
     predicted = reader.predicted_bytes(file_tensors(model, plan, bfloat16))
-    pipe = dtq.quantize(float_folder, chosen, dtype=bfloat16, progress=False)
+    pipe = dtq.quantize(float_folder, chosen, dtype=bfloat16, statistics=statistics, progress=False)
     want = tiny.sample(pipe)
     writer.write(pipe, tmp_path / "q")
     assert (tmp_path / "q" / "transformer" / WEIGHTS).stat().st_size == predicted

@@ -451,7 +451,7 @@ def test_hot_swapping_does_not_compile_again():
     pipe.enable_lora_hotswap(target_rank=8)
     pipe.load_lora_weights(one, adapter_name="main")
     torch._dynamo.reset()
-    model.compile(backend="dtq")
+    model.transformer_blocks[0].compile(backend="dtq")
     call = zoo.inputs(name)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         before = model(**call, return_dict=False)[0]

@@ -4,11 +4,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -25,9 +21,10 @@ from dtq.pipelines.tracing import dummy_inputs
 
 peft = pytest.importorskip("peft")
 
+ROUNDED = {"transform": "smooth-hadamard", "solver": "rtn"}
 RECIPES = {
-    "w4a8": {},
-    "w4a8-hq": {"finetune": "none"},  # has a low-rank branch already
+    "w4a8": ROUNDED,
+    "w4a8-hq": {"finetune": "none", **ROUNDED},  # has a low-rank branch already
     "w4a16": {},
 }
 LORA = {"sd3", "flux", "wan"}  # classes with load_lora_adapter in diffusers
@@ -359,18 +356,6 @@ def test_control_adapters_widen_kept_layers_only():
     assert run(model).isfinite().all()
     pipe.unload_lora_weights(reset_to_overwritten_params=True)
     assert torch.equal(run(model), plain)
-
-
-def test_dtq_works_without_peft():
-    script = (
-        "import sys; sys.modules['peft'] = None  # makes its import fail\n"
-        "import dtq, tiny\n"
-        "dtq.quantize(tiny.flux(), 'w4a16', progress=False)\n"
-        "assert 'dtq.integrations.peft' not in sys.modules\n"
-    )
-    here = Path(__file__).parent.parent
-    env = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}"}
-    subprocess.run([sys.executable, "-c", script], check=True, env=env)
 
 
 def test_which_classes_diffusers_gives_adapters():

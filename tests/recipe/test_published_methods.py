@@ -40,10 +40,11 @@ PRESETS = [
 ]
 FAMILY = ["w8a8", "w4a8", "w4a8-hq", "w4a16", "w4a16-hq", "w4a4", "w3a8", "nvfp4", "mxfp4", "w2-vq"]
 FAST = SamplingSettings(samples=4, steps=5, batch_size=4, num_timestep_bins=4)
-# one of eight blocks: every path of the code in an eighth of the time
-KEEP = [f"transformer_blocks.{i}" for i in range(1, 8)]
+# two of eight blocks, and only the first is quantized: every path of the code in a fraction of the time
+BLOCKS = (0, 7)
+KEEP = ["transformer_blocks.1"]
 # largest error with one block quantized; docs/results.md has the whole model
-LOOSE = {"terdit": 0.6, "vq4dit": 0.3, "w2-vq": 0.2, "hq-dit": 0.1, "mxfp4": 0.1}
+LOOSE = {"terdit": 0.01, "vq4dit": 0.01}
 
 
 def test_the_presets_and_the_family_are_there():
@@ -52,8 +53,11 @@ def test_the_presets_and_the_family_are_there():
 
 @functools.cache
 def prepared(model):
-    """The float model opened once, its statistics, a trajectory."""
+    """The float model opened once and cut to few blocks, its statistics, a trajectory."""
     source = load_transformer(model)
+    blocks = source.model.transformer_blocks
+    source.model.transformer_blocks = torch.nn.ModuleList(blocks[i] for i in BLOCKS)
+    source.model.register_to_config(num_layers=len(BLOCKS))
     fast = replace(Recipe(), calibration=FAST)
     stats = collected(source, fast, EVERYTHING, progress=False)
     settings = SamplingSettings(samples=2, steps=3, batch_size=2, seed=7)
@@ -70,7 +74,7 @@ def test_a_recipe_quantizes_saves_loads_and_samples(name, tmp_path, few_vectors)
     opened.pipeline.register_modules(transformer=opened.model)
     report = quantized(opened, recipe, statistics=stats, exclude=KEEP, progress=False)
     steps = trajectory.teacher_forced(truth, opened.model)
-    assert sum(steps) / len(steps) < LOOSE.get(name, 0.05)
+    assert sum(steps) / len(steps) < LOOSE.get(name, 0.001)
     plan = report.plan
     assert stored_bits(opened.model) == pytest.approx(
         plan.bits(
@@ -81,7 +85,7 @@ def test_a_recipe_quantizes_saves_loads_and_samples(name, tmp_path, few_vectors)
         writer.save_into(opened.pipeline, side, "10GB")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     reader.verify(tmp_path / "out")
-    before, after = (tiny.sample(p, steps=2) for p in (opened.pipeline, loaded))
+    before, after = (tiny.sample(p, steps=1) for p in (opened.pipeline, loaded))
     assert torch.isfinite(after).all()
     assert torch.equal(before, after)
 
@@ -100,11 +104,12 @@ def test_errors_come_in_the_order_of_the_bits_that_are_spent():
         steps = trajectory.teacher_forced(truth, twin.transformer)
         return sum(steps) / len(steps)
 
+    coarse = {"transform": {"search": {"step": 0.25}}}
     # the branch's own bits shrink with the width: give the narrow model rank 8
-    better = error("w4a8-hq", lowrank={"svd": {"rank": 8}})
-    plain = error("w4a8")
+    better = error("w4a8-hq", lowrank={"svd": {"rank": 8}}, **coarse)
+    plain = error("w4a8", **coarse)
     unrotated = error("w4a8", transform="smooth", promote={"to": ""})
-    assert error("w8a8") < better < plain < 1.02 * unrotated
+    assert error("w8a8", **coarse) < better < plain < 1.02 * unrotated
     assert unrotated < error("rtn-w4a8")
 
 
@@ -114,10 +119,10 @@ def test_a_budget_is_kept_to_the_byte_and_more_is_never_worse(family):
     errors, budgets = [], (4.5, 5.5, 8.5)
     for budget in budgets:
         twin = copy.deepcopy(model)
-        options = {**QUICK, "calibration": {**QUICK["calibration"], "samples": 4}}
+        few = {"samples": 2, "batch_size": 1, "steps": 4, "num_timestep_bins": 2}
         dtq.quantize(
             twin, "w4a8", progress=False, promote={"to": ""}, transform="hadamard", solver="search",
-            allocate={"budget": budget, "num_inputs": 2}, **options,
+            allocate={"budget": budget, "num_inputs": 2}, calibration=few,
         )  # fmt: skip
         report = twin.hf_quantizer.report
         assert report.plan.bits(report.plan.gemm()) <= budget

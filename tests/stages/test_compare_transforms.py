@@ -23,7 +23,8 @@ HOW = SamplingSettings(samples=4, steps=4, batch_size=4, seed=99)
 
 def test_a_better_transform_of_the_whole_model_replaces_the_search():
     pipe = tiny.pipeline()
-    dtq.quantize(pipe, "w4a8", progress=False, transform_candidates=["hadamard", "none"], **QUICK)
+    recipe = hasty("w4a8", transform_candidates=["hadamard", "none"])
+    dtq.quantize(pipe, recipe, progress=False)
     report = pipe.transformer.hf_quantizer.report
     assert list(report.transform_errors) == ["search", "hadamard", "none"]
     best = min(report.transform_errors, key=report.transform_errors.get)
@@ -31,7 +32,8 @@ def test_a_better_transform_of_the_whole_model_replaces_the_search():
     if best != "search":
         assert len(labels) == 1
     alone = tiny.pipeline()
-    dtq.quantize(alone, "w4a8", progress=False, transform_candidates=[], transform=best, **QUICK)
+    transform = {} if best == "search" else {"transform": best}
+    dtq.quantize(alone, hasty("w4a8", transform_candidates=[], **transform), progress=False)
     assert torch.equal(tiny.sample(alone), tiny.sample(pipe))
 
 

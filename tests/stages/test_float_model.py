@@ -62,7 +62,7 @@ def test_adapters_that_are_fused_and_unloaded_are_part_of_the_model(name):
         with pytest.raises(InputError, match="adapter is loaded"):
             dtq.quantize(model, "w8a8", progress=False)
         model.unload_lora()
-        dtq.quantize(model, "w8a8", progress=False, **QUICK)
+        dtq.quantize(model, "w8a8", progress=False, transform="none", **QUICK)
         got = model(**arguments)[0]
     assert (got - want).norm() < 0.05 * want.norm()
 
@@ -124,9 +124,10 @@ def test_fused_projections(name, tmp_path):
             dtq.quantize(model, "w4a16", progress=False, inputs=[zoo.inputs(name)])
         model.unfuse_qkv_projections()
     quick = {"transform": "none", "solver": "rtn", "sanity_check": False, "progress": False}
-    for each in (model, other):
+    for each in (model, other) if fused else (model,):
         dtq.quantize(each, "w8a8", inputs=[zoo.inputs(name)], **quick)
-    assert model.state_dict().keys() == other.state_dict().keys()
+    if fused:
+        assert model.state_dict().keys() == other.state_dict().keys()
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     for each in (model, loaded):
