@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -39,6 +40,7 @@ class TransformedInput:
         like: a tensor on the device and of the dtype to compute with.
         correct_bias: whether the mean output error is moved into the bias.
         ridge: of ``ridged_hessian``.
+        gradients: blocks of G of a layer, see :meth:`~dtq.stages.run.Run.gradients`.
         factors: Cholesky factors of the Hessian by damping, shared by the solvers of all layers.
     """
 
@@ -48,6 +50,7 @@ class TransformedInput:
     like: Tensor
     correct_bias: bool
     ridge: float = 0.0
+    gradients: Callable[[LayerPlan], Sequence[Tensor]] = lambda _: ()
     factors: dict[float, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -65,7 +68,8 @@ class TransformedInput:
         stats = run.stats(run.scan.group_of(layer.name))
         activations = ACTIVATION_FORMATS[layer.activation_format]
         ridge = RIDGE if is_text_encoder(run.model) else 0.0
-        return cls(stats, choice, activations, weight, run.recipe.correct_bias, ridge)
+        correct = run.recipe.correct_bias
+        return cls(stats, choice, activations, weight, correct, ridge, run.gradients)
 
     @property
     def transform(self) -> OnlineTransform:
@@ -185,7 +189,9 @@ def _solve(
         low = tensors["proj_up"].to(target) @ transform.w(down.to(target))
         target = target - low
     solver = SOLVERS[layer.solver.name]
-    given = (x.ridged_hessian, x.factors) if solver.shares else (x.hessian,)
+    given: list[object] = [x.ridged_hessian, x.factors] if solver.shares else [x.hessian]
+    if "gradients" in solver.needs:
+        given.append(x.gradients(layer))
     w_q, qparams = solver.call(target, fmt, *given, **dict(layer.solver.knobs))
     mean = x.mean
     shift = None if mean is None else (target - w_q) @ mean
