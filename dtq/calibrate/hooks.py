@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtq.calibrate.gradients import Observed, OutputGradients, OutputPart
+from dtq.calibrate.gradients import ModelCall, Observed, OutputGradients, OutputPart
 from dtq.calibrate.observers import OUTPUT_NEEDS, InputStats, SampleOrigin
 from dtq.models import InputGroup, is_text_encoder
 from dtq.models.linears import input_of, rows_of
@@ -70,6 +70,7 @@ class CalibrationHooks:
         self._inside = False  # of the model's forward
         self._reads_text = is_text_encoder(loaded.model)
         self._gradients = OutputGradients(loaded.model, parts, text=self._reads_text)
+        self._rows = 0  # of the linear that reads the most in this call
         self._paused = False  # while the model is called for its gradients
         self._kept: Tensor | None = None  # whether a row of the call is observed
         self._reached: set[str] = set()  # outside of it, in the current call
@@ -85,6 +86,10 @@ class CalibrationHooks:
         with ExitStack() as hooks:
             hooks.enter_context(self.model.register_forward_pre_hook(self._enter, with_kwargs=True))
             hooks.enter_context(self.model.register_forward_hook(self._leave, with_kwargs=True))
+            for name in self._gradients.layers:
+                linear = self.model.get_submodule(name)
+                count = self._count_rows
+                hooks.enter_context(linear.register_forward_pre_hook(count, with_kwargs=True))
             for group in self.input_groups:
                 linear = self.model.get_submodule(group.linears[0].name)
                 observe = partial(self._observe, group.name)
@@ -92,7 +97,7 @@ class CalibrationHooks:
             yield
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inside = True
+        self._inside, self._rows = True, 0
         bound = self._signature.bind_partial(*args, **kwargs).arguments
         first = next((v for v in bound.values() if isinstance(v, Tensor)), None)
         self._batch_size = first.shape[0] if first is not None and first.ndim else 1
@@ -107,11 +112,12 @@ class CalibrationHooks:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
     ) -> None:
         cached = kwargs.get("past_key_values") is not None  # a second call would add to it
-        batch, position = divmod(self._call, _CALLS_PER_BATCH)
-        if self._gradients.layers and not cached and (batch + position) % self.period == 0:
+        turn = sum(divmod(self._call, _CALLS_PER_BATCH)) % self.period == 0
+        if self._gradients.layers and turn and not cached:
             self._paused = True
             try:
-                self._gradients.collect(args, kwargs, self._call, self._kept, self._observe_part)
+                call = ModelCall(args, kwargs, output, self._batch_size, self._rows, self._kept)
+                self._gradients.collect(call, self._call, self._observe_part)
             finally:
                 self._paused = False
         self._inside, self._kept = False, None
@@ -125,6 +131,11 @@ class CalibrationHooks:
         self.calls += 1
         self._call += 1
         self.after_call()
+
+    def _count_rows(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._rows = max(self._rows, len(rows_of(module, input_of(args, kwargs))))
 
     def _observe(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
