@@ -14,8 +14,8 @@ from pathlib import Path
 
 from dtq.calibrate import store
 from dtq.calibrate.collection import Statistics
-from dtq.calibrate.gradients import Observed
 from dtq.calibrate.engine import CalibrationRun, collect_shard
+from dtq.calibrate.gradients import Observed
 from dtq.errors import CheckpointError
 from dtq.io.checksum import bytes_digest
 from dtq.pipelines.loading import LoadedModel

@@ -204,9 +204,7 @@ def collect_shard(
     return Statistics(hooks.stats, tuple(hooks.edges), about)
 
 
-def _gradient_period(
-    loaded: LoadedModel, settings: SamplingSettings, run: CalibrationRun
-) -> int:
+def _gradient_period(loaded: LoadedModel, settings: SamplingSettings, run: CalibrationRun) -> int:
     """Every how many calls gradients are collected: a text encoder's calls are few and short."""
     if is_text_encoder(loaded.model):
         return 1

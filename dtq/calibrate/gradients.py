@@ -160,13 +160,15 @@ class OutputGradients:
         for part in parts:
             self.layers[part.layer].append(part)
         self._divisible = True
+        if self.layers and _moves_weights(model):
+            self._leave_out("its weights are offloaded or cast between calls")
 
     def collect(
         self, call: ModelCall, seed: int, observe: Callable[[OutputPart, Tensor], None]
     ) -> None:
         """Run the model once more, forward and backward.
 
-        A model that cannot be differentiated on its device has no gradients, and a warning says so.
+        A model that cannot be differentiated where it is has no gradients, and a warning says so.
 
         Args:
             call: what the pipeline has called the model with.
@@ -176,9 +178,12 @@ class OutputGradients:
         try:
             self._collect(call, seed, observe)
         except NotImplementedError as error:
-            self.layers = {}
-            name = type(self.model).__name__
-            log.warning("calibrate: %s has no gradients here, yaqa is gptq: %s", name, error)
+            self._leave_out(str(error))
+
+    def _leave_out(self, reason: str) -> None:
+        self.layers = {}
+        name = type(self.model).__name__
+        log.warning("calibrate: no gradients of %s, solver yaqa becomes gptq: %s", name, reason)
 
     def _collect(
         self, call: ModelCall, seed: int, observe: Callable[[OutputPart, Tensor], None]
@@ -263,6 +268,19 @@ class OutputGradients:
         # the first linear of a path: what it reads has no gradient
         output.requires_grad_().register_hook(backward)
         return output.clone()  # a leaf must not be changed in place
+
+
+def _moves_weights(model: nn.Module) -> bool:
+    """Whether accelerate or diffusers move or cast weights of layers while the model runs.
+
+    The backward pass finds them elsewhere then. A model that moves as a whole stays in its place.
+    """
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        hooks = [*getattr(hook, "hooks", ()), hook]
+        if hasattr(module, "_diffusers_hook") or any(getattr(h, "offload", False) for h in hooks):
+            return True
+    return False
 
 
 @contextmanager

@@ -132,9 +132,7 @@ class CalibrationHooks:
         self._call += 1
         self.after_call()
 
-    def _count_rows(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _count_rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._rows = max(self._rows, len(rows_of(module, input_of(args, kwargs))))
 
     def _observe(

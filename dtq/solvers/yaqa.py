@@ -69,28 +69,54 @@ def yaqa(
     inverse, column_weights = factored(w, hessian, factors, damp)
     params = starting_params(rest, fmt, column_weights, clips)
     by_row = _by_row(params, fmt, w)
+    feedback = [
+        _Feedback(block_rows, g.to(rest), parts, output_damp)
+        for block_rows, g in zip(rows, gradients, strict=True)
+    ]
     out = torch.zeros_like(rest)
-    for block_rows, g in zip(rows, gradients, strict=True):
-        split = [torch.arange(i, len(g), parts) for i in range(min(parts, len(g)))]
-        order, start = torch.cat(split).to(w.device), 0
-        factor = inverse_factor(g.to(rest)[order][:, order], output_damp)
-        for size in map(len, split):
-            here = slice(start, start + size)
-            start += size
-            chosen, later = block_rows[order[here]], block_rows[order[here.stop :]]
-            if fmt.matrix_tensors:  # one for all rows: that of the whole matrix stays
-                part = {k: v[chosen] if k in by_row else v for k, v in params.items()}
-            else:
-                part = starting_params(rest[chosen], fmt, column_weights, clips)
-            out[chosen] = round_columns(
-                rest[chosen], fmt, part, column_weights, inverse, clips=clips, block=block
-            )
-            for key in by_row:
-                params[key][chosen] = part[key]
-            errors = rest[chosen] - out[chosen]
-            solved = torch.linalg.solve_triangular(factor[here, here].T, errors, upper=False)
-            rest[later] -= factor[here, here.stop :].T @ solved
+    for i in range(parts):
+        # blocks do not depend on each other, so that a part is that of all of them
+        chosen = torch.cat([each.parts[i] for each in feedback])
+        if not len(chosen):
+            break
+        if fmt.matrix_tensors:  # one for all rows: that of the whole matrix stays
+            part = {k: v[chosen] if k in by_row else v for k, v in params.items()}
+        else:
+            part = starting_params(rest[chosen], fmt, column_weights, clips)
+        out[chosen] = round_columns(
+            rest[chosen], fmt, part, column_weights, inverse, clips=clips, block=block
+        )
+        for key in by_row:
+            params[key][chosen] = part[key]
+        for each in feedback:
+            each.compensate(rest, out, i)
     return fake_quantize_weight(fmt, out, params), params
+
+
+class _Feedback:
+    """Errors of the rows of one block of G are compensated in its later rows.
+
+    Args:
+        rows: of the weight, int64 (n,).
+        g: the block of G, float32 (n, n).
+        parts: the rows in so many parts, each ``parts``-th row in one.
+        damp: of ``g``.
+    """
+
+    def __init__(self, rows: Tensor, g: Tensor, parts: int, damp: float) -> None:
+        self.parts = [rows[i::parts] for i in range(parts)]
+        order = torch.cat([torch.arange(len(g))[i::parts] for i in range(parts)]).to(g.device)
+        self.later = rows[order]
+        self.factor = inverse_factor(g[order][:, order], damp)
+
+    def compensate(self, rest: Tensor, out: Tensor, index: int) -> None:
+        """Change the later rows of ``rest`` after part ``index`` was rounded to ``out``."""
+        chosen, size = self.parts[index], len(self.parts[index])
+        errors = rest[chosen] - out[chosen]
+        solved = torch.linalg.solve_triangular(self.factor[:size, :size].T, errors, upper=False)
+        self.later = self.later[size:]
+        rest[self.later] -= self.factor[:size, size:].T @ solved
+        self.factor = self.factor[size:, size:]
 
 
 def _by_row(params: QParams, fmt: Format, w: Tensor) -> set[str]:

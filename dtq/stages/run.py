@@ -7,17 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from dtq.calibrate.collection import Statistics
-from dtq.calibrate.gradients import output_parts
 from dtq.calibrate.observers import InputStats
 from dtq.checkpoint.config import DTQConfig
 from dtq.models import Scan
 from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.recorded_calls import RecordedCall
-from dtq.plan.layers import LayerPlan, Plan
+from dtq.plan.layers import Plan
 from dtq.recipe import Recipe
 from dtq.runs.tasks import TaskStore
 from dtq.stages.layer_result import LayerResult
@@ -98,13 +97,6 @@ class Run:
     def progress_bar(self, label: str, **options: Any) -> Any:
         """A progress bar, hidden without ``progress``; options are those of tqdm."""
         return tqdm(desc=label, disable=not self.progress, dynamic_ncols=True, **options)
-
-    def gradients(self, layer: LayerPlan) -> list[Tensor]:
-        """Blocks of G of a layer, for solvers that need it; empty if no gradient reached it."""
-        stats = [self.stats(part.name) for part in output_parts(layer.name, layer.shape[0])]
-        moments = [x.hessian for x in stats if x is not None and x.hessian is not None]
-        seen = len(moments) == len(stats) and all(int(x.count) for x in moments)
-        return [x.hessian() for x in moments] if seen else []
 
     def stats(self, group: str) -> InputStats | None:
         """Statistics of an input group, None without calibration data."""

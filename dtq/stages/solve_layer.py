@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ LEAST_RIDGE = 0.01
 """A smaller ridge is left out: the solvers' own damping is of that size."""
 
 
+OUTPUT_RIDGE = 1.0
+"""Of the mean diagonal of a block of G, where it has as many rows as columns: few rows say little
+of the gradients of other inputs (docs/methods/yaqa.md)."""
+
+
 @dataclass
 class TransformedInput:
     """An input under one transform: its statistics are transformed once for all its layers.
@@ -40,7 +45,7 @@ class TransformedInput:
         like: a tensor on the device and of the dtype to compute with.
         correct_bias: whether the mean output error is moved into the bias.
         ridge: of ``ridged_hessian``.
-        gradients: blocks of G of a layer, see :meth:`~dtq.stages.run.Run.gradients`.
+        gradients: blocks of G of a layer, for solvers that need them.
         factors: Cholesky factors of the Hessian by damping, shared by the solvers of all layers.
     """
 
@@ -69,7 +74,8 @@ class TransformedInput:
         activations = ACTIVATION_FORMATS[layer.activation_format]
         ridge = RIDGE if is_text_encoder(run.model) else 0.0
         correct = run.recipe.correct_bias
-        return cls(stats, choice, activations, weight, correct, ridge, run.gradients)
+        gradients = partial(_gradients, run, weight)
+        return cls(stats, choice, activations, weight, correct, ridge, gradients)
 
     @property
     def transform(self) -> OnlineTransform:
@@ -154,6 +160,17 @@ class TransformedInput:
         ranges = (rows[bins == b] for b in range(self.stats.bins))
         scales = [row_scale(x.reshape(1, -1)) if len(x) else overall for x in ranges]
         return torch.stack(scales).reshape(1, -1)
+
+
+def _gradients(run: Run, weight: Tensor, layer: LayerPlan) -> list[Tensor]:
+    """Blocks of G of a layer, on the device of ``weight``; with a ridge where rows are few."""
+    blocks = []
+    found = run.statistics.gradients(layer.name, layer.shape[0]) if run.statistics else []
+    for moment in found:
+        g = moment.hessian().to(weight.device)
+        g.diagonal().add_(OUTPUT_RIDGE * len(g) / int(moment.count) * g.diagonal().mean())
+        blocks.append(g)
+    return blocks
 
 
 def solve_layer(
