@@ -15,9 +15,9 @@ from pathlib import Path
 from dtq.calibrate import store
 from dtq.calibrate.collection import Statistics
 from dtq.calibrate.engine import CalibrationRun, collect_shard
+from dtq.calibrate.gradients import Observed
 from dtq.errors import CheckpointError
 from dtq.io.checksum import bytes_digest
-from dtq.models import InputGroup
 from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.settings import SamplingSettings
 from dtq.runs.tasks import TaskStore
@@ -25,7 +25,7 @@ from dtq.runs.tasks import TaskStore
 
 def calibrate_in_shards(
     loaded: LoadedModel,
-    input_groups: Sequence[InputGroup],
+    observed: Sequence[Observed],
     settings: SamplingSettings,
     needs: frozenset[str],
     run: CalibrationRun,
@@ -39,7 +39,7 @@ def calibrate_in_shards(
 
     Args:
         loaded: the float model.
-        input_groups: whose inputs to observe.
+        observed: from :func:`~dtq.calibrate.engine.observed_of`.
         settings: how the model is sampled, and the number of shards.
         needs: statistics to collect, names of ``observers.OBSERVERS``.
         run: from :func:`~dtq.calibrate.engine.calibration_run`.
@@ -53,7 +53,7 @@ def calibrate_in_shards(
         WorkerError: another process died.
     """
     shards, workers = run.shards(settings.num_shards), tasks.workers
-    names = "\n".join([*(group.name for group in input_groups), *sorted(needs)])
+    names = "\n".join([*(each.name for each in observed), *sorted(needs)])
     path = tasks.path(f"statistics/{bytes_digest(names.encode())[:16]}")
     assert path is not None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def calibrate_in_shards(
         shard = None
         if mine < end:
             shard = collect_shard(
-                loaded, input_groups, settings, needs, run, shards[mine], progress=progress
+                loaded, observed, settings, needs, run, shards[mine], progress=progress
             )
         for index in range(first, end):
             if index == mine and shard is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +15,10 @@ import torch
 from tqdm.auto import tqdm
 
 from dtq.calibrate.collection import Statistics
+from dtq.calibrate.gradients import CALLS, Observed, OutputPart, is_part, output_parts
 from dtq.calibrate.hooks import CalibrationHooks
 from dtq.calibrate.mixed_prompts import MixedPrompts
-from dtq.calibrate.observers import InputStats
+from dtq.calibrate.observers import OUTPUT_NEEDS, InputStats
 from dtq.errors import InputError
 from dtq.models import InputGroup, is_text_encoder, sibling_key
 from dtq.models.timestep import timestep_of
@@ -112,7 +113,7 @@ def calibration_run(
 
 def calibrate(
     loaded: LoadedModel,
-    input_groups: Sequence[InputGroup],
+    observed: Sequence[Observed],
     settings: SamplingSettings,
     needs: frozenset[str],
     *,
@@ -123,7 +124,7 @@ def calibrate(
 
     Args:
         loaded: the float model.
-        input_groups: whose inputs to observe.
+        observed: from :func:`observed_of`.
         settings: how a pipeline is sampled, the number of shards and of timestep bins.
         needs: statistics to collect, names of ``observers.OBSERVERS``.
         inputs: keyword arguments of the transformer's forward, one mapping per call.
@@ -133,7 +134,7 @@ def calibrate(
         InputError: there is nothing to run the model on.
     """
     run = calibration_run(loaded, settings, None if inputs is None else list(inputs))
-    collect = partial(collect_shard, loaded, input_groups, settings, needs, run, progress=progress)
+    collect = partial(collect_shard, loaded, observed, settings, needs, run, progress=progress)
     first, *others = shards = run.shards(settings.num_shards)
     total = collect(first)
     for batches in others:
@@ -144,7 +145,7 @@ def calibrate(
 
 def collect_shard(
     loaded: LoadedModel,
-    input_groups: Sequence[InputGroup],
+    observed: Sequence[Observed],
     settings: SamplingSettings,
     needs: frozenset[str],
     run: CalibrationRun,
@@ -156,14 +157,16 @@ def collect_shard(
 
     Args:
         loaded: the float model.
-        input_groups: whose inputs to observe.
+        observed: from :func:`observed_of`.
         settings: how a pipeline is sampled, and the number of timestep bins.
         needs: statistics to collect, names of ``observers.OBSERVERS``.
         run: from :func:`calibration_run`.
         batches: of the shard.
         progress: show a bar over all batches, those of other shards included.
     """
-    hooks = CalibrationHooks(loaded, input_groups, settings.num_timestep_bins, needs, run.first)
+    period = _gradient_period(loaded, settings, run)
+    bins = settings.num_timestep_bins
+    hooks = CalibrationHooks(loaded, observed, bins, needs, run.first, period)
     mixes = settings.mixed_prompts if is_text_encoder(loaded.model) else 0
     mixed = MixedPrompts(loaded.model, mixes, settings.seed) if mixes else None
     per_batch = settings.steps if run.origin == "pipeline" else 1 + mixes
@@ -201,25 +204,55 @@ def collect_shard(
     return Statistics(hooks.stats, tuple(hooks.edges), about)
 
 
-def memory_batches(
-    input_groups: Sequence[InputGroup], bins: int, needs: frozenset[str], memory: int
-) -> list[list[InputGroup]]:
-    """Split input groups so that the statistics of each batch fit in memory.
+def _gradient_period(loaded: LoadedModel, settings: SamplingSettings, run: CalibrationRun) -> int:
+    """Every how many calls gradients are collected: a text encoder's calls are few and short."""
+    if is_text_encoder(loaded.model):
+        return 1
+    calls = run.batches * (settings.steps if run.origin == "pipeline" else 1)
+    return max(1, calls // CALLS)
+
+
+def observed_of(
+    input_groups: Iterable[InputGroup], quantized: Collection[str], needs: frozenset[str]
+) -> list[Observed]:
+    """What to collect statistics of.
 
     Args:
-        input_groups: in model order, which is kept.
+        input_groups: of the model.
+        quantized: names of the linears to quantize.
+        needs: statistics to collect; with ``gradients``, parts of the outputs follow the inputs.
+    """
+    groups = [g for g in input_groups if any(x.name in quantized for x in g.linears)]
+    linears = [x for g in groups for x in g.linears if x.name in quantized]
+    wanted = linears if "gradients" in needs else []
+    return [*groups, *(part for x in wanted for part in output_parts(x.name, x.shape[0]))]
+
+
+def nbytes(each: Observed, bins: int, needs: frozenset[str]) -> int:
+    """Bytes of the statistics of an input or a part of an output, see ``InputStats.nbytes``."""
+    needs = OUTPUT_NEEDS if isinstance(each, OutputPart) else needs
+    return InputStats.nbytes(each.columns, bins, needs)
+
+
+def memory_batches(
+    observed: Sequence[Observed], bins: int, needs: frozenset[str], memory: int
+) -> list[list[Observed]]:
+    """Split what is observed so that the statistics of each batch fit in memory.
+
+    Args:
+        observed: from :func:`observed_of`; the order is kept.
         bins: timestep bins.
         needs: statistics to collect.
-        memory: bytes; a batch of one group may take more.
+        memory: bytes; a batch of one may take more.
     """
-    batches: list[list[InputGroup]] = [[]]
+    batches: list[list[Observed]] = [[]]
     free = memory
-    for group in input_groups:
-        size = InputStats.nbytes(group.columns, bins, needs)
+    for each in observed:
+        size = nbytes(each, bins, needs)
         if size > free and batches[-1]:
             batches.append([])
             free = memory
-        batches[-1].append(group)
+        batches[-1].append(each)
         free -= size
     return batches
 
@@ -230,7 +263,7 @@ def fill_from_sibling_experts(statistics: Statistics) -> Statistics:
     All experts of a layer read the same stream. A group without siblings is left out.
     """
     # a fixed order, wherever the statistics are stored: it decides how sums round
-    names = sorted(statistics.inputs)
+    names = sorted(name for name in statistics.inputs if not is_part(name))
     unused = [name for name in names if not len(statistics.inputs[name].channels.amax())]
     if not unused:
         return statistics  # left where it is: on disk it may not fit in memory

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtq.calibrate.observers import InputStats, SampleOrigin
+from dtq.calibrate.gradients import ModelCall, Observed, OutputGradients, OutputPart
+from dtq.calibrate.observers import OUTPUT_NEEDS, InputStats, SampleOrigin
 from dtq.models import InputGroup, is_text_encoder
 from dtq.models.linears import input_of, rows_of
 from dtq.models.timestep import timestep_edges, timestep_of
@@ -32,13 +33,14 @@ class CalibrationHooks:
 
     Args:
         loaded: the float model.
-        input_groups: whose inputs to observe.
+        observed: input groups, and parts of outputs whose gradients are observed.
         bins: timestep bins.
-        needs: statistics to collect.
+        needs: statistics to collect of inputs.
         first: timestep of the first call, None where the sampler decides.
+        period: gradients are those of every such call; batches begin at different ones.
 
     Attributes:
-        stats: by name of the input group.
+        stats: by name of the input group or part.
         edges: timesteps that separate the bins, from the first call on.
         calls: of the model so far.
         after_call: is called after every call of the model.
@@ -47,14 +49,17 @@ class CalibrationHooks:
     def __init__(
         self,
         loaded: LoadedModel,
-        input_groups: Sequence[InputGroup],
+        observed: Sequence[Observed],
         bins: int,
         needs: frozenset[str],
         first: float | None,
+        period: int = 1,
     ) -> None:
-        self.model, self.input_groups, self.bins = loaded.model, input_groups, bins
-        self.first = first
-        self.stats = {g.name: InputStats(g.columns, bins, needs) for g in input_groups}
+        self.model, self.bins, self.first, self.period = loaded.model, bins, first, period
+        self.input_groups = [x for x in observed if isinstance(x, InputGroup)]
+        parts = [x for x in observed if isinstance(x, OutputPart)]
+        self.stats = {g.name: InputStats(g.columns, bins, needs) for g in self.input_groups}
+        self.stats |= {x.name: InputStats(x.columns, bins, OUTPUT_NEEDS) for x in parts}
         self.edges: list[float] = []
         self.calls = 0
         self.after_call: Callable[[], object] = lambda: None
@@ -64,6 +69,9 @@ class CalibrationHooks:
         self._batch_size = 1
         self._inside = False  # of the model's forward
         self._reads_text = is_text_encoder(loaded.model)
+        self._gradients = OutputGradients(loaded.model, parts, text=self._reads_text)
+        self._rows = 0  # of the linear that reads the most in this call
+        self._paused = False  # while the model is called for its gradients
         self._kept: Tensor | None = None  # whether a row of the call is observed
         self._reached: set[str] = set()  # outside of it, in the current call
 
@@ -77,7 +85,11 @@ class CalibrationHooks:
         """The hooks on the model, removed at the end."""
         with ExitStack() as hooks:
             hooks.enter_context(self.model.register_forward_pre_hook(self._enter, with_kwargs=True))
-            hooks.enter_context(self.model.register_forward_hook(self._leave))
+            hooks.enter_context(self.model.register_forward_hook(self._leave, with_kwargs=True))
+            for name in self._gradients.layers:
+                linear = self.model.get_submodule(name)
+                count = self._count_rows
+                hooks.enter_context(linear.register_forward_pre_hook(count, with_kwargs=True))
             for group in self.input_groups:
                 linear = self.model.get_submodule(group.linears[0].name)
                 observe = partial(self._observe, group.name)
@@ -85,7 +97,7 @@ class CalibrationHooks:
             yield
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inside = True
+        self._inside, self._rows = True, 0
         bound = self._signature.bind_partial(*args, **kwargs).arguments
         first = next((v for v in bound.values() if isinstance(v, Tensor)), None)
         self._batch_size = first.shape[0] if first is not None and first.ndim else 1
@@ -96,18 +108,38 @@ class CalibrationHooks:
             self.edges = timestep_edges(self._top, noisiest, self.bins)
         self._bin = sum(timestep > edge for edge in self.edges)
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def _leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
+    ) -> None:
+        cached = kwargs.get("past_key_values") is not None  # a second call would add to it
+        turn = sum(divmod(self._call, _CALLS_PER_BATCH)) % self.period == 0
+        if self._gradients.layers and turn and not cached:
+            self._paused = True
+            try:
+                call = ModelCall(args, kwargs, output, self._batch_size, self._rows, self._kept)
+                self._gradients.collect(call, self._call, self._observe_part)
+            finally:
+                self._paused = False
         self._inside, self._kept = False, None
         self._count()
+
+    def _observe_part(self, part: OutputPart, gradients: Tensor) -> None:
+        branch = torch.zeros(len(gradients), dtype=torch.int64)
+        self.stats[part.name].observe(gradients, SampleOrigin(self._bin, self._call, branch))
 
     def _count(self) -> None:
         self.calls += 1
         self._call += 1
         self.after_call()
 
+    def _count_rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._rows = max(self._rows, len(rows_of(module, input_of(args, kwargs))))
+
     def _observe(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        if self._paused:
+            return
         if not self._inside:
             if not self._reached or name in self._reached:
                 self._reached.clear()

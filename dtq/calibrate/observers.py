@@ -180,6 +180,10 @@ OBSERVERS = {"channels": ChannelStats, "hessian": HessianObserver, "sample": Inp
 """Observers by the name that methods ask for."""
 
 
+OUTPUT_NEEDS = frozenset({"hessian"})
+"""What is observed of the gradients with respect to the output of a linear, as of an input."""
+
+
 class InputStats:
     """The observers of one input group (linears that share an input).
 

@@ -14,7 +14,8 @@ from dataclasses import replace
 import psutil
 import torch
 
-from dtq.calibrate.engine import memory_batches
+from dtq.calibrate.engine import memory_batches, observed_of
+from dtq.calibrate.gradients import CALLS, ROWS, output_parts
 from dtq.io.schema import MethodSpec
 from dtq.linalg.cholesky import factor_cost
 from dtq.models import InputGroup, blocks_of
@@ -73,8 +74,13 @@ def model_evaluations(run: Run, needs: frozenset[str], has_pipeline: bool) -> di
     branches = guidance_branches(run) if has_pipeline else 1
     groups = quantized_groups(run)
     room = run.memory or psutil.virtual_memory().available // 2
-    passes = len(memory_batches(groups, settings.num_timestep_bins, needs, room)) if needs else 0
+    names = {x.name for x in run.plan.quantized()}
+    observed = observed_of(groups, names, needs)
+    passes = len(memory_batches(observed, settings.num_timestep_bins, needs, room)) if needs else 0
     per_pass = settings.samples * steps * branches
+    calls = -(-settings.samples // settings.batch_size) * steps
+    rows = max(run.scan.rows.values(), default=1) / TRACED_BATCH  # of an image
+    differentiated = min(settings.batch_size * branches, math.ceil(ROWS / max(rows, 1)))
     checked = 3 * branches * min(steps, STEPS)  # float samples, replayed; quantized samples
     if not has_pipeline:
         per_pass = count_dummy_calls(settings) * settings.batch_size
@@ -90,6 +96,8 @@ def model_evaluations(run: Run, needs: frozenset[str], has_pipeline: bool) -> di
     call = RECORDED_SAMPLES * branches  # images of a recorded call
     return {
         "calibrate": passes * per_pass,
+        # forward and backward
+        "gradients": ("gradients" in needs) * 3 * passes * min(calls, CALLS) * differentiated,
         "record calls": recorded * steps * call,
         "compare transforms": bool(transforms) * (1 + transforms) * min(NUM_INPUTS, steps) * call,
         "mixed precision": len(groups) * formats * min(recipe.allocate.num_inputs, steps) * call,
@@ -128,6 +136,9 @@ def solver_operations(run: Run, needs: frozenset[str]) -> float:
         total += SOLVER_OPERATIONS * n * k + (_search_operations(layer) if needs else 0.0)
         if "hessian" in needs:
             total += 2.0 * n * k * k + factor_cost(k)[1] / readers[layer.name]
+        if "gradients" in needs:
+            widths = [x.columns for x in output_parts(layer.name, n)]
+            total += sum(factor_cost(x)[1] + 2.0 * k * x**2 for x in widths)
     return total
 
 

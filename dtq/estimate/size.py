@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from dtq.allocate import parse_budget
-from dtq.calibrate.observers import InputStats
+from dtq.calibrate.engine import nbytes, observed_of
+from dtq.calibrate.gradients import output_parts
 from dtq.checkpoint.reader import predicted_bytes
 from dtq.estimate.duration import quantized_groups, run_seconds
 from dtq.linalg.cholesky import factor_cost
@@ -112,15 +113,20 @@ def peak_memory(
     """
     plan, bins = run.plan, run.recipe.calibration.num_timestep_bins
     statistics, solving = 0, 0
+    names = {x.name for x in plan.quantized()}
     for group in quantized_groups(run):
         layers = [plan[x.name] for x in group.linears]
         counts = [math.prod(x.shape) for x in layers if not x.unquantized]
-        stats = InputStats.nbytes(group.columns, bins, needs) if needs else 0
+        stats = sum(nbytes(x, bins, needs) for x in observed_of([group], names, needs) if needs)
         statistics += stats
         # the weights of the group, and the copies that the solver makes of one of them
         working = 4 * sum(counts) + COPIES * 4 * max(counts) + stats
         if "hessian" in needs:  # it is rotated in float32, and factored
             working += 2 * 4 * group.columns**2 + factor_cost(group.columns)[0]
+        if "gradients" in needs:  # the blocks of one linear, in two orders and factored
+            widest = max(layers, key=lambda x: x.shape[0])
+            parts = output_parts(widest.name, widest.shape[0])
+            working += sum(3 * 4 * x.columns**2 for x in parts)
         solving = max(solving, working)
     quantized = sum(x.nbytes(plan.bins) for x in plan.quantized())
     process = psutil.Process().memory_info().rss
@@ -157,9 +163,10 @@ def disk_needed(run: Run, needs: frozenset[str], output: int) -> int:
         output: bytes of the output.
     """
     plan, recipe = run.plan, run.recipe
-    groups = quantized_groups(run) if needs else []
+    names = {x.name for x in plan.quantized()}
+    observed = observed_of(quantized_groups(run), names, needs) if needs else []
     bins = recipe.calibration.num_timestep_bins
-    statistics = sum(InputStats.nbytes(g.columns, bins, needs) for g in groups)
+    statistics = sum(nbytes(x, bins, needs) for x in observed)
     options = max(0, len(run.formats) - 1)
     alternatives = len(recipe.transform_candidates) + options
     layers = sum(x.nbytes(plan.bins) for x in plan.quantized())

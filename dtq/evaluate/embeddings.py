@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dtq.nn.linear import QuantLinear
 from dtq.nn.weight_only import WeightOnly
 from dtq.pipelines import prompts
 from dtq.pipelines.contents import text_encoders
 from dtq.pipelines.loading import LoadedModel
-from dtq.pipelines.recorded_calls import first_tensor
+from dtq.pipelines.recorded_calls import embedding
 from dtq.pipelines.sampling import batch_starts, run_text_encoders
 from dtq.pipelines.settings import SamplingSettings
 
@@ -32,20 +31,6 @@ def is_quantized(model: nn.Module) -> bool:
     """Whether a model has quantized layers of dtq, or was quantized by another library."""
     own = any(isinstance(module, QuantLinear | WeightOnly) for module in model.modules())
     return own or getattr(model, "is_quantized", False)
-
-
-def embedding(output: Any) -> Tensor:
-    """What a text encoder gives to the denoiser: its last hidden state.
-
-    A model with a head gives it among ``hidden_states``, if the pipeline asks for these; without
-    either it is the first tensor.
-    """
-    if isinstance(output, Mapping):
-        if output.get("last_hidden_state") is not None:
-            return first_tensor(output["last_hidden_state"])
-        if output.get("hidden_states"):
-            return first_tensor(output["hidden_states"][-1])
-    return first_tensor(output)
 
 
 @torch.no_grad()

@@ -77,6 +77,20 @@ def first_tensor(output: Any) -> Tensor:
     )
 
 
+def embedding(output: Any) -> Tensor:
+    """What a text encoder gives to the denoiser: its last hidden state.
+
+    A model with a head gives it among ``hidden_states``, if the pipeline asks for these; without
+    either it is the first tensor.
+    """
+    if isinstance(output, Mapping):
+        if output.get("last_hidden_state") is not None:
+            return first_tensor(output["last_hidden_state"])
+        if output.get("hidden_states"):
+            return first_tensor(output["hidden_states"][-1])
+    return first_tensor(output)
+
+
 def copy_to_cpu(value: Any) -> Any:
     """A copy with every tensor in nested tuples, lists and mappings on the CPU."""
     return recursively_apply(lambda t: t.detach().cpu().clone(), value)

@@ -16,6 +16,7 @@ from dtq.formats import QParams
 from dtq.solvers.clip_search import search
 from dtq.solvers.gptq import gptq
 from dtq.solvers.rtn import rtn
+from dtq.solvers.yaqa import yaqa
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Solver:
     Attributes:
         call: the function.
         needs: names of the statistics that calibration must collect for it.
-        shares: whether it takes ``factors``, a cache for the linears that read one input.
+        shares: whether it takes ``factors``, a cache for the linears that read one input. One that
+            needs ``gradients`` takes these, too, after the cache.
     """
 
     call: Callable[..., tuple[Tensor, QParams]]
@@ -37,6 +39,7 @@ SOLVERS: dict[str, Solver] = {
     "rtn": Solver(rtn),
     "search": Solver(search),
     "gptq": Solver(gptq, frozenset({"hessian"}), shares=True),
+    "yaqa": Solver(yaqa, frozenset({"hessian", "gradients"}), shares=True),
 }
 
 __all__ = ["SOLVERS", "Solver"]

@@ -51,18 +51,69 @@ def gptq(
     """
     check(w, hessian)
     clips = None if clip else (1.0,)
-    rest = w.float().clone()  # the columns to come, as compensated so far
+    inverse, column_weights = factored(w, hessian, factors, damp)
+    params = starting_params(w.float(), fmt, column_weights, clips)
+    out = round_columns(w, fmt, params, column_weights, inverse, clips=clips, block=block)
+    return fake_quantize_weight(fmt, out, params), params
+
+
+def factored(
+    w: Tensor, hessian: Tensor | None, factors: dict[float, Tensor] | None, damp: float
+) -> tuple[Tensor | None, Tensor]:
+    """What :func:`round_columns` needs of the Hessian; the arguments are those of :func:`gptq`.
+
+    Returns:
+        The upper Cholesky factor of its inverse (K, K), None without a Hessian; its diagonal (K,).
+    """
+    if hessian is None:
+        return None, torch.ones(w.shape[1]).to(w.float())
     factors = {} if factors is None else factors
-    if hessian is not None and damp not in factors:
-        factors[damp] = inverse_factor(hessian.to(rest), damp)
-    inverse = None if hessian is None else factors[damp]
-    diagonal = torch.ones(w.shape[1]) if hessian is None else hessian.diagonal()
-    column_weights = diagonal.to(rest)
-    # parameters of groups follow when a group is reached: of those only the outer ones count here
+    if damp not in factors:
+        factors[damp] = inverse_factor(hessian.to(w.float()), damp)
+    return factors[damp], hessian.diagonal().to(w.float())
+
+
+def starting_params(
+    w: Tensor, fmt: Format, column_weights: Tensor, clips: Sequence[float] | None
+) -> QParams:
+    """The parameters before the first column; those of groups follow when a group is reached.
+
+    Args:
+        w: float32 (N, K).
+        fmt: any format.
+        column_weights: weight of each column's squared error (K,).
+        clips: of the clip search.
+    """
     if fmt.data_dependent or fmt.group is None:
-        params = fit_clipped(rest, fmt, column_weights, clips=clips)
-    else:
-        params = fmt.compute_qparams(rest, column_weights)
+        return fit_clipped(w, fmt, column_weights, clips=clips)
+    return fmt.compute_qparams(w, column_weights)
+
+
+def round_columns(
+    w: Tensor,
+    fmt: Format,
+    params: QParams,
+    column_weights: Tensor,
+    inverse: Tensor | None,
+    *,
+    clips: Sequence[float] | None,
+    block: int,
+) -> Tensor:
+    """Round a weight column by column; ``params`` gets the parameters of its groups.
+
+    Args:
+        w: float (N, K).
+        fmt: any format.
+        params: from :func:`starting_params`; changed in place.
+        column_weights: weight of each column's squared error (K,).
+        inverse: from :func:`factored`; None: no errors are compensated.
+        clips: of the clip search in each group.
+        block: columns between updates of all columns behind them.
+
+    Returns:
+        The fake-quantized weight, float32 (N, K).
+    """
+    rest = w.float().clone()  # the columns to come, as compensated so far
     out = torch.zeros_like(rest)
     width = max(block, fmt.group or 0) // (fmt.group or 1) * (fmt.group or 1)
     for start in range(0, rest.shape[1], width):
@@ -72,7 +123,7 @@ def gptq(
         )
         if inverse is not None:
             rest[:, cols.stop :].addmm_(errors.T, inverse[cols, cols.stop :], alpha=-1)
-    return fake_quantize_weight(fmt, out, params), params
+    return out
 
 
 def _quantize_block(

@@ -60,19 +60,19 @@ def collect(run: Run, needs: frozenset[str]) -> Statistics:
         needs: keys of ``OBSERVERS``.
     """
     wanted = {layer.name for layer in run.recipe.plan(run.scan).quantized()}
-    groups = [g for g in run.scan.input_groups if any(x.name in wanted for x in g.linears)]
+    observed = engine.observed_of(run.scan.input_groups, wanted, needs)
     loaded, settings, tasks = run.loaded, run.recipe.calibration, run.tasks
     memory = run.memory or psutil.virtual_memory().available // 2
-    batches = engine.memory_batches(groups, settings.num_timestep_bins, needs, memory)
+    batches = engine.memory_batches(observed, settings.num_timestep_bins, needs, memory)
     with paged_weights(*modules_of(loaded)):
         if len(batches) == 1 and tasks.folder is None:
             return engine.calibrate(
-                loaded, groups, settings, needs, inputs=run.inputs, progress=run.progress
+                loaded, observed, settings, needs, inputs=run.inputs, progress=run.progress
             )
         if len(batches) > 1:
             log.warning(
                 "the statistics of %d inputs do not fit in %.1f GB: the float model runs %d times",
-                len(groups), memory / 1e9, len(batches),
+                len(observed), memory / 1e9, len(batches),
             )  # fmt: skip
         folder = None
         if tasks.folder is None:

@@ -33,6 +33,7 @@ def solve_joined(
     """
     rows = [len(w) for w in weights]
     whole = replace(layers[0], shape=(sum(rows), layers[0].shape[1]))
+    x = replace(x, gradients=lambda _: ())  # between layers there are none
     solved = solve_layer(whole, torch.cat(weights), x)
     tensors = [_rows(solved.tensors, sum(rows), start, n) for start, n in _spans(rows)]
     shifts: list[Tensor | None] = [None] * len(rows)

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ LEAST_RIDGE = 0.01
 """A smaller ridge is left out: the solvers' own damping is of that size."""
 
 
+OUTPUT_RIDGE = 1.0
+"""Of the mean diagonal of a block of G, where it has as many rows as columns: few rows say little
+of the gradients of other inputs (docs/methods/yaqa.md)."""
+
+
 @dataclass
 class TransformedInput:
     """An input under one transform: its statistics are transformed once for all its layers.
@@ -39,6 +45,7 @@ class TransformedInput:
         like: a tensor on the device and of the dtype to compute with.
         correct_bias: whether the mean output error is moved into the bias.
         ridge: of ``ridged_hessian``.
+        gradients: blocks of G of a layer, for solvers that need them.
         factors: Cholesky factors of the Hessian by damping, shared by the solvers of all layers.
     """
 
@@ -48,6 +55,7 @@ class TransformedInput:
     like: Tensor
     correct_bias: bool
     ridge: float = 0.0
+    gradients: Callable[[LayerPlan], Sequence[Tensor]] = lambda _: ()
     factors: dict[float, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -65,7 +73,9 @@ class TransformedInput:
         stats = run.stats(run.scan.group_of(layer.name))
         activations = ACTIVATION_FORMATS[layer.activation_format]
         ridge = RIDGE if is_text_encoder(run.model) else 0.0
-        return cls(stats, choice, activations, weight, run.recipe.correct_bias, ridge)
+        correct = run.recipe.correct_bias
+        gradients = partial(_gradients, run, weight)
+        return cls(stats, choice, activations, weight, correct, ridge, gradients)
 
     @property
     def transform(self) -> OnlineTransform:
@@ -152,6 +162,17 @@ class TransformedInput:
         return torch.stack(scales).reshape(1, -1)
 
 
+def _gradients(run: Run, weight: Tensor, layer: LayerPlan) -> list[Tensor]:
+    """Blocks of G of a layer, on the device of ``weight``; with a ridge where rows are few."""
+    blocks = []
+    found = run.statistics.gradients(layer.name, layer.shape[0]) if run.statistics else []
+    for moment in found:
+        g = moment.hessian().to(weight.device)
+        g.diagonal().add_(OUTPUT_RIDGE * len(g) / int(moment.count) * g.diagonal().mean())
+        blocks.append(g)
+    return blocks
+
+
 def solve_layer(
     layer: LayerPlan, weight: Tensor, x: TransformedInput, branch: LowRankBranch | None = None
 ) -> LayerResult:
@@ -185,7 +206,9 @@ def _solve(
         low = tensors["proj_up"].to(target) @ transform.w(down.to(target))
         target = target - low
     solver = SOLVERS[layer.solver.name]
-    given = (x.ridged_hessian, x.factors) if solver.shares else (x.hessian,)
+    given: list[object] = [x.ridged_hessian, x.factors] if solver.shares else [x.hessian]
+    if "gradients" in solver.needs:
+        given.append(x.gradients(layer))
     w_q, qparams = solver.call(target, fmt, *given, **dict(layer.solver.knobs))
     mean = x.mean
     shift = None if mean is None else (target - w_q) @ mean
