@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -160,8 +160,6 @@ class OutputGradients:
         for part in parts:
             self.layers[part.layer].append(part)
         self._divisible = True
-        if self.layers and _moves_weights(model):
-            self._leave_out("its weights are offloaded or cast between calls")
 
     def collect(
         self, call: ModelCall, seed: int, observe: Callable[[OutputPart, Tensor], None]
@@ -182,8 +180,7 @@ class OutputGradients:
 
     def _leave_out(self, reason: str) -> None:
         self.layers = {}
-        name = type(self.model).__name__
-        log.warning("calibrate: no gradients of %s, solver yaqa becomes gptq: %s", name, reason)
+        _warn(type(self.model).__name__, reason)
 
     def _collect(
         self, call: ModelCall, seed: int, observe: Callable[[OutputPart, Tensor], None]
@@ -257,6 +254,7 @@ class OutputGradients:
     ) -> Tensor | None:
         def backward(gradient: Tensor) -> None:
             rows = rows_of(module, gradient.detach())
+            rows = rows[rows.isfinite().all(1)]  # float16 may overflow
             for part in self.layers[name]:
                 observe(part, rows[:, part.index :: part.count])
 
@@ -270,17 +268,10 @@ class OutputGradients:
         return output.clone()  # a leaf must not be changed in place
 
 
-def _moves_weights(model: nn.Module) -> bool:
-    """Whether accelerate or diffusers move or cast weights of layers while the model runs.
-
-    The backward pass finds them elsewhere then. A model that moves as a whole stays in its place.
-    """
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        hooks = [*getattr(hook, "hooks", ()), hook]
-        if hasattr(module, "_diffusers_hook") or any(getattr(h, "offload", False) for h in hooks):
-            return True
-    return False
+@cache
+def _warn(name: str, reason: str) -> None:
+    """Warn once: every shard of a calibration finds it out."""
+    log.warning("calibrate: no gradients of %s, solver yaqa becomes gptq: %s", name, reason)
 
 
 @contextmanager

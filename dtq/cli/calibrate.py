@@ -38,6 +38,7 @@ def calibrate(
     dtq quantize demo --recipe w4a8 --stats demo-stats.safetensors -o demo-w4a8
     """
     from dtq.calibrate import store
+    from dtq.calibrate.gradients import is_part
     from dtq.calibrate.observers import OBSERVERS
     from dtq.cli.inputs import join_workers, recipe_with, size_of_budget
     from dtq.io.memory import tune_malloc
@@ -64,8 +65,8 @@ def calibrate(
             raise InputError(f"{model} has several transformers: choose one --component of {names}")
         run = Run(models[0], recipe, directory.tasks, progress=workers.is_main)
         plan(run)
-        # everything, whatever this recipe needs: the file then serves other recipes too
-        needs = frozenset(OBSERVERS)
+        # whatever this recipe needs of the inputs: the file then serves other recipes too
+        needs = frozenset(OBSERVERS) | recipe.needs()
         directory.begin(run_identity([run], needs) if workers.is_main else {})
         run.memory = directory.memory
         statistics = collect(run, needs)
@@ -73,4 +74,5 @@ def calibrate(
             return
         store.save(statistics, output)
     calls, stored = statistics.about["calls"], size(output.stat().st_size)
-    click.echo(f"{output}: {len(statistics.inputs)} inputs, {calls} model calls, {stored}")
+    inputs = sum(not is_part(name) for name in statistics.inputs)
+    click.echo(f"{output}: {inputs} inputs, {calls} model calls, {stored}")

@@ -60,7 +60,13 @@ def gptq(
 def factored(
     w: Tensor, hessian: Tensor | None, factors: dict[float, Tensor] | None, damp: float
 ) -> tuple[Tensor | None, Tensor]:
-    """What :func:`round_columns` needs of the Hessian; the arguments are those of :func:`gptq`.
+    """What :func:`round_columns` needs of the Hessian.
+
+    Args:
+        w: float (N, K).
+        hessian: H, float (K, K), or None.
+        factors: see :func:`gptq`.
+        damp: see :func:`gptq`.
 
     Returns:
         The upper Cholesky factor of its inverse (K, K), None without a Hessian; its diagonal (K,).

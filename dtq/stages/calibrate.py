@@ -14,6 +14,7 @@ import psutil
 from dtq.calibrate import engine, store
 from dtq.calibrate.collection import Statistics
 from dtq.calibrate.distributed import calibrate_in_shards
+from dtq.calibrate.gradients import is_part
 from dtq.errors import InputError
 from dtq.formats.activations import ACTIVATION_FORMATS
 from dtq.io.memory import paged_weights
@@ -128,5 +129,8 @@ def _check(run: Run, needs: frozenset[str]) -> None:
             raise InputError(
                 f"the statistics lack {', '.join(missing)}; calibrate with this recipe"
             )
+    given = run.statistics.inputs if run.statistics is not None else ()
+    if "gradients" in needs and not any(map(is_part, given)):
+        raise InputError("the statistics lack gradients; calibrate with this recipe")
     if all(run.stats(group.name) is None for group in run.scan.input_groups):
         raise InputError("the statistics are of another model: no layer name matches")

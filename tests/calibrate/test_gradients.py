@@ -13,8 +13,10 @@ import zoo
 from builders import collected
 from torch import nn
 
+import dtq
 from dtq.calibrate import gradients
 from dtq.calibrate.gradients import ModelCall, OutputGradients, OutputPart, is_part, output_parts
+from dtq.errors import InputError
 from dtq.pipelines.loading import LoadedModel
 from dtq.pipelines.tracing import dummy_inputs
 from dtq.recipe import Recipe
@@ -140,6 +142,24 @@ def test_a_few_samples_have_the_gradients_that_they_have_in_their_batch(name, mo
     assert run(1, 10**9) == pytest.approx([1 / 6] * 6)
     assert run(1, 1) == pytest.approx([1 / 6])
     assert run(10**9, 1) == [1.0]
+
+
+def test_gradients_that_overflow_are_left_out():
+    model, x, rows = Squashed(), torch.randn(3, 6), []
+    collector = OutputGradients(model, output_parts("first", 5), text=False)
+    model.second.register_forward_pre_hook(
+        lambda m, a: (a[0] * torch.tensor([[1.0], [torch.inf], [1.0]]).clamp(max=3e38) * 1e10,)
+    )
+    collector.collect(ModelCall((x,), {}, x, 3, 3, None), 0, lambda part, g: rows.append(g))
+    assert all(g.isfinite().all() for g in rows)
+
+
+def test_statistics_without_gradients_are_refused():
+    model, inputs = tiny.dit(), [dummy_inputs(tiny.dit(), 4, 500.0, 0)]
+    loaded, plain = LoadedModel("dit", None, "transformer", model), Recipe.load("w4a8")
+    statistics = collected(loaded, plain, plain.needs(), inputs=inputs)
+    with pytest.raises(InputError, match="the statistics lack gradients"):
+        dtq.quantize(model, "w4a8", solver="yaqa", statistics=statistics, progress=False)
 
 
 def test_samples_that_change_apart_run_with_their_batch(caplog):
