@@ -31,6 +31,9 @@ from dtq.runs.workers import Workers
 _CALIBRATION = ("prompts", "samples", "steps", "guidance", "seed", "images")
 """Keys of ``calibration`` in the recipe that have an option of their own."""
 
+_METHODS = ("transform", "solver", "lowrank", "finetune")
+"""Keys of a recipe whose value is a method with knobs."""
+
 
 def recipe_with(choices: dict[str, Any]) -> Recipe:
     """The recipe with ``--set`` and the shortcuts applied.
@@ -66,6 +69,10 @@ def size_of_budget(choices: dict[str, Any]) -> str | None:
 
 
 def _put(data: dict[str, Any], path: list[str], value: Any, setting: str) -> None:
+    if path[0] in _METHODS and len(path) == 3:  # solver.yaqa.parts takes another method, too
+        now = data[path[0]]
+        if path[1] not in (now if isinstance(now, dict) else [now]):
+            data[path[0]] = path[1]
     for step in path[:-1]:
         below: Any = data.get(step)
         if isinstance(below, str):  # a method without knobs: solver.gptq.damp

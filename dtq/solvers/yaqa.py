@@ -29,7 +29,7 @@ def yaqa(
 ) -> tuple[Tensor, QParams]:
     """Minimize ``tr(G D H D^T)``, D the weight error, H and G of the layer's input and output.
 
-    YAQA (2505.22988, section 3) approximates the Hessian of the model's output error with respect
+    YAQA (2505.22988) approximates the Hessian of the model's output error with respect
     to a weight by the Kronecker product of H, the second moment of the layer's input, and G, the
     second moment of the gradient with respect to its output. Errors of columns are compensated in
     later columns as in :func:`~dtq.solvers.gptq.gptq`; then those of rows in later rows, by the

@@ -299,6 +299,7 @@ BAD = {
         "did you mean 'weights'",
     ),
     "bad setting": (["quantize", "{float}", "--set", "weights", "-o", "{tmp}/o"], "KEY=VALUE"),
+    "bad knob": (["plan", "{float}", "--set", "solver.yaqa.part=4"], "did you mean parts"),
     "bad value": (["plan", "{float}", "--set", "calibration.steps=many"], "whole number"),
     "output not empty": (["quantize", "{float}", "-o", "{tmp}/full"], "not empty"),
     "output is a file": (["quantize", "{float}", "-o", "{tmp}/file.txt"], "is a file"),
