@@ -14,7 +14,7 @@ from dtq.stages.plan import plan
 from dtq.stages.report import Report
 from dtq.stages.run import Run
 
-EVERYTHING = frozenset({"channels", "hessian", "sample"})
+EVERYTHING = frozenset({"channels", "hessian", "sample", "gradients"})
 """The statistics that any method reads."""
 
 

@@ -65,8 +65,8 @@ def calibrate(
             raise InputError(f"{model} has several transformers: choose one --component of {names}")
         run = Run(models[0], recipe, directory.tasks, progress=workers.is_main)
         plan(run)
-        # whatever this recipe needs of the inputs: the file then serves other recipes too
-        needs = frozenset(OBSERVERS) | recipe.needs()
+        # everything, whatever this recipe needs: the file then serves other recipes too
+        needs = frozenset(OBSERVERS) | {"gradients"}
         directory.begin(run_identity([run], needs) if workers.is_main else {})
         run.memory = directory.memory
         statistics = collect(run, needs)
